@@ -1,0 +1,167 @@
+"""SQL: the engine, two kinds of transaction, the database's clock, and types every row uses.
+
+SQLite (the default, one host) and PostgreSQL (production) are treated alike by everything above this module.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Connection, DateTime, Dialect, MetaData, create_engine, event, text
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.orm import DeclarativeBase, Session
+from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.types import TypeDecorator
+
+from shared.errors import DatabaseUnavailable
+
+# Named constraints, so that migrations can drop what they made on either database.
+NAMING_CONVENTION = {
+    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    "ck": "ck_%(table_name)s_%(constraint_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+    "pk": "pk_%(table_name)s",
+}
+
+# How long a writer waits for SQLite's one write lock before the API answers 503.
+SQLITE_BUSY_TIMEOUT_SECONDS = 15
+POSTGRESQL_CONNECT_TIMEOUT_SECONDS = 5
+# A statement that runs longer than this is ended by PostgreSQL: an honest error instead of a hung request.
+POSTGRESQL_STATEMENT_TIMEOUT_SECONDS = 15
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """An aware datetime in UTC, to the microsecond. Naive values are refused: they hide a time zone."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError(f"naive datetime {value!r}: give it a time zone")
+        value = value.astimezone(UTC)
+        # SQLite has no time zones; all its rows are UTC by this very line.
+        return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: datetime | None, _dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+class Row(DeclarativeBase):
+    """What every mapped class of `shared.models` derives from."""
+
+    metadata = MetaData(naming_convention=NAMING_CONVENTION)
+
+
+class Database:
+    """One engine and its two kinds of transaction. Make one per process, in `app.py`; after a fork, make another."""
+
+    def __init__(self, url: str) -> None:
+        self.url = make_url(url)
+        self.is_sqlite = self.url.get_backend_name() == "sqlite"
+        if self.is_sqlite:
+            self.engine = create_engine(
+                self.url, connect_args={"timeout": SQLITE_BUSY_TIMEOUT_SECONDS, "check_same_thread": False}
+            )
+            event.listen(self.engine, "connect", _prepare_sqlite)
+            event.listen(self.engine, "begin", _begin_sqlite)
+        else:
+            self.engine = create_engine(
+                self.url,
+                pool_pre_ping=True,
+                pool_size=10,
+                max_overflow=40,
+                connect_args={
+                    "connect_timeout": POSTGRESQL_CONNECT_TIMEOUT_SECONDS,
+                    "options": f"-c statement_timeout={POSTGRESQL_STATEMENT_TIMEOUT_SECONDS * 1000}"
+                    f" -c lock_timeout={POSTGRESQL_STATEMENT_TIMEOUT_SECONDS * 1000}"
+                    " -c idle_in_transaction_session_timeout=60000 -c timezone=UTC",
+                },
+            )
+        self._reading_engine = self.engine.execution_options(enlarger_reading=True)
+
+    @contextmanager
+    def transaction(self) -> Iterator[Session]:
+        """A session that may write: committed when the block ends, rolled back when it raises.
+
+        Raises DatabaseUnavailable where the server cannot be reached or stays locked.
+        """
+        with _translated(), Session(self.engine, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    @contextmanager
+    def reading(self) -> Iterator[Session]:
+        """A session that only reads. On SQLite it takes no write lock, so that polls never wait for writers."""
+        with _translated(), Session(self._reading_engine, expire_on_commit=False) as session:
+            yield session
+            session.rollback()
+
+    def ping(self) -> None:
+        """One trivial statement. Raises DatabaseUnavailable."""
+        with self.reading() as session:
+            session.execute(text("SELECT 1"))
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except (OperationalError, InterfaceError) as error:
+        raise DatabaseUnavailable("The database does not answer.", retry_after_seconds=2) from error
+
+
+def _prepare_sqlite(connection: Any, _record: ConnectionPoolEntry) -> None:
+    # sqlite3 must not open transactions by itself: `_begin_sqlite` does, with the lock we want.
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    # WAL: readers do not wait for the writer. NORMAL: a power cut may cost the last transactions of WAL, a crash of
+    # the process none; FULL below makes the 202 survive a power cut as well, for one fsync a commit.
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=FULL")
+    cursor.execute("PRAGMA foreign_keys=ON")
+    cursor.execute(f"PRAGMA busy_timeout={SQLITE_BUSY_TIMEOUT_SECONDS * 1000}")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    # IMMEDIATE takes the write lock at once: a transaction that reads first and writes later would otherwise fail
+    # with "database is locked", which no busy timeout can wait for.
+    reading = connection.get_execution_options().get("enlarger_reading", False)
+    connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+
+
+def clock(session: Session) -> datetime:
+    """The database's present moment, UTC: leases of many hosts are compared by one clock.
+
+    On SQLite the database is this host, so no statement is sent.
+    """
+    if session.get_bind().dialect.name == "sqlite":
+        return datetime.now(UTC)
+    moment: datetime = session.execute(text("SELECT clock_timestamp()")).scalar_one()
+    return moment.astimezone(UTC)
+
+
+_CROCKFORD = "0123456789abcdefghjkmnpqrstvwxyz"
+
+
+def new_id(prefix: str, now: datetime) -> str:
+    """`prefix_` and a ULID in lower case: sorts by time, 80 random bits, cannot be guessed."""
+    number = (int(now.timestamp() * 1000) << 80) | secrets.randbits(80)
+    digits = []
+    for _ in range(26):
+        number, digit = divmod(number, 32)
+        digits.append(_CROCKFORD[digit])
+    return f"{prefix}_{''.join(reversed(digits))}"

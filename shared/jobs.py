@@ -1,0 +1,705 @@
+"""Every change of a job's state. Nothing else writes `jobs.state`.
+
+    QUEUED --claim--> RUNNING --succeed--> SUCCEEDED
+      |  ^               |--fail (fatal, or attempts used up)--> FAILED
+      |  |-- fail (can be tried again), release, rescue_lost -----'
+      |  |<-- retry, from FAILED, CANCELED and EXPIRED
+      |--cancel--> CANCELED <--acknowledge_cancel, after cancel--'
+      '--expire_overdue--> EXPIRED
+
+Each arrow is one conditional UPDATE on id, state and, once an attempt runs, its number: the fence. A worker that was
+believed dead and wakes up names an old number, changes nothing and gets StaleAttempt. A terminal arrow records the
+deliveries owed in the same transaction.
+
+Every function takes a session and the present moment (`db.clock`), and never commits: the caller does. If one raises,
+the job is unchanged once the caller's transaction has rolled back.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import ColumnElement, delete, func, insert, literal, or_, select, update
+from sqlalchemy.orm import Session
+
+from shared import deliveries
+from shared.db import UtcDateTime, new_id
+from shared.errors import (
+    DeadlineExceeded,
+    EnlargerError,
+    Gone,
+    JobNotCancelable,
+    JobNotRetryable,
+    NotFound,
+    QueueFull,
+    StaleAttempt,
+    WorkerLost,
+)
+from shared.models import TERMINAL_STATES, Attempt, Batch, BlobRemoval, Delivery, Job, JobState
+
+RETRYABLE_STATES = (JobState.FAILED, JobState.CANCELED, JobState.EXPIRED)
+
+# A worker that lost its lease may still be uploading; its blobs are looked for once more after this.
+LATE_WRITER_SECONDS = 3600
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """What a customer asks for, checked and resolved (`auto` model and format have become names)."""
+
+    model: str
+    scale: int
+    format: str
+    queue: str
+    routing_reason: str = "asked for by name"
+    classify: bool = False
+    quality: int = 95
+    lossless: bool = False
+    metadata_policy: str = "safe"
+    alpha: str = "model"
+    background: str = "#ffffff"
+    device: str = "auto"
+    priority: str = "interactive"
+    deadline_seconds: int | None = None
+    ttl_seconds: int = 7 * 86400
+    external_id: str | None = None
+    webhook_url: str | None = None
+    webhook_events: Sequence[str] = deliveries.TERMINAL_EVENTS
+    traceparent: str | None = None
+    expected_seconds: float = 0.0
+    batch_id: str | None = None
+
+
+@dataclass(frozen=True)
+class JobInput:
+    """The stored picture a job starts from. Sizes in px as the picture is seen (orientation applied)."""
+
+    job_id: str
+    blob_prefix: str
+    key: str
+    width: int
+    height: int
+    format: str
+    bytes: int
+    sha256: str
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """The stored picture an attempt came to."""
+
+    key: str
+    width: int
+    height: int
+    bytes: int
+    sha256: str
+    labels: Sequence[Mapping[str, Any]] | None = None
+    timings: Mapping[str, float] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The right to work on a job: its id and the attempt's number, which every later write must name."""
+
+    job_id: str
+    attempt: int
+    announces_progress: bool = False
+    """Somebody asked for `job.progress` events."""
+
+
+def new_job_id(now: datetime) -> str:
+    return new_id("job", now)
+
+
+def blob_prefix(job_id: str) -> str:
+    """A fresh prefix for the job's blobs. Its 128 random bits make keys nobody can guess from the job's id."""
+    return f"jobs/{job_id}/{secrets.token_hex(16)}"
+
+
+def submit(
+    session: Session,
+    *,
+    owner_key_id: str,
+    options: JobOptions,
+    picture: JobInput,
+    max_attempts: int,
+    max_queued_jobs: int,
+    now: datetime,
+) -> Job:
+    """Writes the row in QUEUED. Once the caller has committed, the job cannot be lost.
+
+    Raises QueueFull where the key has `max_queued_jobs` waiting already.
+    """
+    waiting = session.scalar(select(func.count()).where(Job.owner_key_id == owner_key_id, Job.state == JobState.QUEUED))
+    if (waiting or 0) >= max_queued_jobs:
+        raise QueueFull(
+            f"This key has {waiting} queued jobs; at most {max_queued_jobs} may wait. Try again when some have run.",
+            queued_jobs=waiting,
+            limit_jobs=max_queued_jobs,
+            retry_after_seconds=10,
+        )
+    job = Job(
+        id=picture.job_id,
+        owner_key_id=owner_key_id,
+        batch_id=options.batch_id,
+        external_id=options.external_id,
+        model=options.model,
+        routing_reason=options.routing_reason,
+        scale=options.scale,
+        classify=options.classify,
+        format=options.format,
+        quality=options.quality,
+        lossless=options.lossless,
+        metadata_policy=options.metadata_policy,
+        alpha=options.alpha,
+        background=options.background,
+        device=options.device,
+        priority=options.priority,
+        queue=options.queue,
+        deadline_seconds=options.deadline_seconds,
+        deadline_at=_deadline(options.deadline_seconds, now),
+        ttl_seconds=options.ttl_seconds,
+        webhook_url=options.webhook_url,
+        webhook_events=list(options.webhook_events),
+        traceparent=options.traceparent,
+        expected_seconds=options.expected_seconds,
+        blob_prefix=picture.blob_prefix,
+        input_key=picture.key,
+        input_width=picture.width,
+        input_height=picture.height,
+        input_format=picture.format,
+        input_bytes=picture.bytes,
+        input_sha256=picture.sha256,
+        input_name=picture.name,
+        state=JobState.QUEUED,
+        max_attempts=max_attempts,
+        created_at=now,
+        queued_at=now,
+    )
+    session.add(job)
+    session.flush()
+    return job
+
+
+def claim(
+    session: Session, job_id: str, *, worker_id: str, device: str, lease_seconds: float, now: datetime
+) -> Claim | None:
+    """Takes a queued job for this worker, counting the attempt before it runs: a job that kills workers runs out.
+
+    One UPDATE, then one INSERT. None where there is nothing to take: a duplicate message, a job that is canceled,
+    not due yet, past its deadline or out of attempts.
+    """
+    row = session.execute(
+        update(Job)
+        .where(
+            Job.id == job_id,
+            Job.state == JobState.QUEUED,
+            Job.tries_used < Job.max_attempts,
+            or_(Job.run_after.is_(None), Job.run_after <= now),
+            or_(Job.deadline_at.is_(None), Job.deadline_at > now),
+        )
+        .values(
+            state=JobState.RUNNING,
+            attempt=Job.attempt + 1,
+            tries_used=Job.tries_used + 1,
+            version=Job.version + 1,
+            lease_until=now + timedelta(seconds=lease_seconds),
+            started_at=func.coalesce(Job.started_at, literal(now, UtcDateTime)),
+            running_device=device,
+            worker_id=worker_id,
+            phase="claimed",
+            fraction=0.0,
+            bands_done=0,
+            bands_total=0,
+            eta_seconds=None,
+            error_code=None,
+            error_detail=None,
+            error_retryable=None,
+        )
+        .returning(Job.attempt)
+    ).one_or_none()
+    if row is None:
+        return None
+    session.execute(
+        insert(Attempt).values(job_id=job_id, number=row.attempt, worker_id=worker_id, device=device, started_at=now)
+    )
+    job = session.get_one(Job, job_id, populate_existing=True)
+    deliveries.owe(session, job, "job.started", now)
+    return Claim(job_id, row.attempt, announces_progress=deliveries.wants(session, job, "job.progress"))
+
+
+def heartbeat(session: Session, claim: Claim, *, lease_seconds: float, now: datetime) -> bool:
+    """Renews the lease. One UPDATE. True where the customer has asked to cancel.
+
+    Call it only when the attempt has made progress: a lease that a hung worker renews protects nobody.
+    Raises StaleAttempt.
+    """
+    return _touch(session, claim, {"lease_until": now + timedelta(seconds=lease_seconds)})
+
+
+def progress(
+    session: Session,
+    claim: Claim,
+    *,
+    phase: str,
+    fraction: float,
+    bands_done: int,
+    bands_total: int,
+    eta_seconds: float | None,
+    lease_seconds: float,
+    now: datetime,
+    announce: bool = False,
+) -> bool:
+    """Renews the lease and writes how far the attempt has come. One UPDATE. True where cancel was asked for.
+
+    `announce` owes a `job.progress` event to those who asked for it; the caller decides how often.
+    Raises StaleAttempt.
+    """
+    canceling = _touch(
+        session,
+        claim,
+        {
+            "lease_until": now + timedelta(seconds=lease_seconds),
+            "phase": phase,
+            "fraction": fraction,
+            "bands_done": bands_done,
+            "bands_total": bands_total,
+            "eta_seconds": eta_seconds,
+            "version": Job.version + 1,
+        },
+    )
+    if announce and claim.announces_progress:
+        job = session.get_one(Job, claim.job_id, populate_existing=True)
+        deliveries.owe(session, job, "job.progress", now)
+    return canceling
+
+
+def succeed(session: Session, claim: Claim, result: JobResult, *, now: datetime) -> None:
+    """RUNNING -> SUCCEEDED, with the result. Raises StaleAttempt, also where cancel was asked for in the meantime."""
+    _finish(
+        session,
+        [*_held(claim), Job.cancel_requested_at.is_(None)],
+        claim,
+        JobState.SUCCEEDED,
+        now,
+        outcome="succeeded",
+        phase="done",
+        fraction=1.0,
+        bands_done=Job.bands_total,
+        eta_seconds=0.0,
+        result_key=result.key,
+        result_width=result.width,
+        result_height=result.height,
+        result_bytes=result.bytes,
+        result_sha256=result.sha256,
+        labels=None if result.labels is None else [dict(label) for label in result.labels],
+        timings=dict(result.timings),
+        warnings=list(result.warnings),
+    )
+
+
+def fail(
+    session: Session,
+    claim: Claim,
+    error: EnlargerError,
+    *,
+    retry_delay_seconds: float,
+    now: datetime,
+    queue: str | None = None,
+) -> JobState:
+    """RUNNING -> QUEUED where another attempt can help and is left, else -> FAILED. Returns the new state.
+
+    The wait before the next attempt doubles with each. `queue` moves the job to another device's queue and waits
+    not at all: a picture that does not fit a GPU has not failed, it has come to the wrong place.
+    A job that is being canceled is CANCELED instead: nobody waits for another attempt.
+    Raises StaleAttempt.
+    """
+    job = session.scalar(select(Job).where(*_held(claim)).with_for_update())
+    if job is None:
+        raise _stale(claim)
+    if job.cancel_requested_at is not None:
+        acknowledge_cancel(session, claim, now=now)
+        return JobState.CANCELED
+    if not error.retryable or (job.tries_used >= job.max_attempts and queue is None):
+        _finish(
+            session,
+            _held(claim),
+            claim,
+            JobState.FAILED,
+            now,
+            outcome="retryable" if error.retryable else "fatal",
+            **_error_columns(error),
+        )
+        return JobState.FAILED
+    delay_seconds = 0.0 if queue else retry_delay_seconds * 2 ** (job.tries_used - 1)
+    changes: dict[str, Any] = {"run_after": now + timedelta(seconds=delay_seconds)}
+    if queue:
+        changes |= {"queue": queue, "tries_used": Job.tries_used - 1}
+    _requeue(session, _held(claim), claim, now, "retryable", error, changes)
+    return JobState.QUEUED
+
+
+def release(session: Session, claim: Claim, *, now: datetime) -> None:
+    """RUNNING -> QUEUED because the worker is asked to stop: at once, and the attempt does not count against the job.
+
+    Raises StaleAttempt.
+    """
+    _requeue(session, _held(claim), claim, now, "released", None, {"run_after": None, "tries_used": Job.tries_used - 1})
+
+
+def acknowledge_cancel(session: Session, claim: Claim, *, now: datetime) -> None:
+    """RUNNING -> CANCELED: the worker has seen the request at a band and stopped. Raises StaleAttempt."""
+    _finish(
+        session,
+        [*_held(claim), Job.cancel_requested_at.is_not(None)],
+        claim,
+        JobState.CANCELED,
+        now,
+        outcome="canceled",
+        phase="canceled",
+    )
+
+
+def cancel(session: Session, job_id: str, *, now: datetime) -> Job:
+    """QUEUED -> CANCELED at once; a RUNNING job is asked to stop at its next band (asking twice is harmless).
+
+    Raises JobNotCancelable where it has ended, NotFound where there is none.
+    """
+    if _finish_unclaimed(session, [Job.id == job_id, Job.state == JobState.QUEUED], JobState.CANCELED, now):
+        return session.get_one(Job, job_id, populate_existing=True)
+    asked = session.execute(
+        update(Job)
+        .where(Job.id == job_id, Job.state == JobState.RUNNING)
+        .values(
+            cancel_requested_at=func.coalesce(Job.cancel_requested_at, literal(now, UtcDateTime)),
+            version=Job.version + 1,
+        )
+        .returning(Job.id)
+    ).one_or_none()
+    job = session.get(Job, job_id, populate_existing=True)
+    if job is None:
+        raise NotFound("There is no such job.")
+    if asked is None:
+        raise JobNotCancelable(
+            f"The job is {job.state} already; only queued and running jobs can be canceled.", status_now=job.state
+        )
+    return job
+
+
+def retry(session: Session, job_id: str, *, now: datetime) -> Job:
+    """FAILED, CANCELED or EXPIRED -> QUEUED with all its attempts again and a new deadline.
+
+    Raises JobNotRetryable in any other state, Gone where the input has been swept, NotFound where there is no job.
+    """
+    job = session.scalar(select(Job).where(Job.id == job_id).with_for_update())
+    if job is None:
+        raise NotFound("There is no such job.")
+    if job.state not in RETRYABLE_STATES:
+        raise JobNotRetryable(
+            f"The job is {job.state}; only failed, canceled and expired jobs can be retried.", status_now=job.state
+        )
+    if job.swept_at is not None:
+        raise Gone("The picture handed in has been swept; hand it in again.", swept_at=job.swept_at.isoformat())
+    changed = session.execute(
+        update(Job)
+        .where(Job.id == job_id, Job.state == job.state, Job.attempt == job.attempt, Job.swept_at.is_(None))
+        .values(
+            state=JobState.QUEUED,
+            version=Job.version + 1,
+            tries_used=0,
+            run_after=None,
+            lease_until=None,
+            cancel_requested_at=None,
+            queued_at=now,
+            started_at=None,
+            finished_at=None,
+            expires_at=None,
+            deadline_at=_deadline(job.deadline_seconds, now),
+            phase="queued",
+            fraction=0.0,
+            bands_done=0,
+            bands_total=0,
+            eta_seconds=None,
+            published_at=None,
+            published_count=0,
+            error_code=None,
+            error_detail=None,
+            error_retryable=None,
+        )
+        .returning(Job.id)
+    ).one_or_none()
+    if changed is None:
+        raise JobNotRetryable("The job changed at this very moment; look at it again.")
+    if job.batch_id is not None:
+        session.execute(update(Batch).where(Batch.id == job.batch_id).values(remaining=Batch.remaining + 1))
+    session.refresh(job)
+    return job
+
+
+def rescue_lost(session: Session, *, retry_delay_seconds: float, now: datetime, limit: int = 100) -> list[str]:
+    """Gives back jobs whose lease has passed: RUNNING -> QUEUED, FAILED (attempts used up) or CANCELED (asked for).
+
+    Returns their ids. Each change is conditional on the attempt and on its lease still being past, so two rescuers,
+    or a worker that renews at the last moment, do no harm.
+    """
+    lapsed = session.execute(
+        select(Job.id, Job.attempt, Job.tries_used, Job.max_attempts, Job.cancel_requested_at, Job.worker_id)
+        .where(Job.state == JobState.RUNNING, Job.lease_until < now)
+        .order_by(Job.lease_until)
+        .limit(limit)
+    ).all()
+    rescued = []
+    for row in lapsed:
+        lost = Claim(row.id, row.attempt)
+        still_lost = [*_held(lost), Job.lease_until < now]
+        error = WorkerLost(
+            f"Worker {row.worker_id} made no progress until its lease passed (attempt {row.attempt}).",
+            worker=row.worker_id,
+        )
+        try:
+            if row.cancel_requested_at is not None:
+                _finish(session, still_lost, lost, JobState.CANCELED, now, outcome="lost", phase="canceled")
+            elif row.tries_used >= row.max_attempts:
+                _finish(session, still_lost, lost, JobState.FAILED, now, outcome="lost", **_error_columns(error))
+            else:
+                # The wait that follows a lost worker is the lease itself; only a second loss suggests a bad job.
+                delay_seconds = 0.0 if row.tries_used == 1 else retry_delay_seconds
+                changes = {"run_after": now + timedelta(seconds=delay_seconds)}
+                _requeue(session, still_lost, lost, now, "lost", error, changes)
+        except StaleAttempt:
+            continue
+        rescued.append(row.id)
+    return rescued
+
+
+def expire_overdue(session: Session, *, now: datetime, limit: int = 100) -> list[str]:
+    """QUEUED -> EXPIRED for jobs whose deadline passed before a worker could start them. Returns their ids."""
+    overdue = session.scalars(
+        select(Job.id).where(Job.state == JobState.QUEUED, Job.deadline_at <= now).limit(limit)
+    ).all()
+    error = DeadlineExceeded("The deadline passed before a worker could start the job.")
+    return [
+        job_id
+        for job_id in overdue
+        if _finish_unclaimed(
+            session,
+            [Job.id == job_id, Job.state == JobState.QUEUED, Job.deadline_at <= now],
+            JobState.EXPIRED,
+            now,
+            **_error_columns(error),
+        )
+    ]
+
+
+def remove(session: Session, job_id: str, *, now: datetime) -> str:
+    """Deletes the job with its attempts and deliveries, and owes the removal of its blobs. Returns their prefix.
+
+    A worker in the middle of it finds no row at its next write and stops. Raises NotFound.
+    """
+    row = session.execute(
+        select(Job.blob_prefix, Job.state, Job.batch_id).where(Job.id == job_id).with_for_update()
+    ).one_or_none()
+    if row is None:
+        raise NotFound("There is no such job.")
+    session.execute(delete(Delivery).where(Delivery.job_id == job_id))
+    session.execute(delete(Attempt).where(Attempt.job_id == job_id))
+    session.execute(delete(Job).where(Job.id == job_id))
+    if row.batch_id is not None:
+        left = {Batch.total: Batch.total - 1}
+        if row.state not in TERMINAL_STATES:
+            left[Batch.remaining] = Batch.remaining - 1
+        session.execute(update(Batch).where(Batch.id == row.batch_id).values(left))
+    owe_blob_removal(session, row.blob_prefix, now=now)
+    if row.state == JobState.RUNNING:
+        owe_blob_removal(session, row.blob_prefix, now=now + timedelta(seconds=LATE_WRITER_SECONDS))
+    prefix: str = row.blob_prefix
+    return prefix
+
+
+def sweep_expired(session: Session, *, now: datetime, limit: int = 100) -> list[str]:
+    """Lets go of the pictures of finished jobs past `expires_at`; their rows stay. Returns the jobs' ids."""
+    rows = session.execute(
+        update(Job)
+        .where(
+            Job.id.in_(
+                select(Job.id)
+                .where(Job.expires_at <= now, Job.swept_at.is_(None), Job.state.in_(TERMINAL_STATES))
+                .limit(limit)
+            ),
+            Job.swept_at.is_(None),
+            Job.state.in_(TERMINAL_STATES),
+        )
+        .values(swept_at=now, version=Job.version + 1)
+        .returning(Job.id, Job.blob_prefix)
+    ).all()
+    for row in rows:
+        owe_blob_removal(session, row.blob_prefix, now=now)
+    return [row.id for row in rows]
+
+
+def owe_blob_removal(session: Session, prefix: str, *, now: datetime) -> None:
+    """Records that every blob under `prefix` is to be deleted at `now` or later; the chores worker does it."""
+    session.add(BlobRemoval(id=new_id("rm", now), prefix=prefix, due_at=now))
+    session.flush()
+
+
+def _deadline(deadline_seconds: int | None, now: datetime) -> datetime | None:
+    return None if deadline_seconds is None else now + timedelta(seconds=deadline_seconds)
+
+
+def _held(claim: Claim) -> list[ColumnElement[bool]]:
+    """The fence: the claim's attempt still owns the job."""
+    return [Job.id == claim.job_id, Job.state == JobState.RUNNING, Job.attempt == claim.attempt]
+
+
+def _stale(claim: Claim) -> StaleAttempt:
+    return StaleAttempt(
+        f"Attempt {claim.attempt} of {claim.job_id} does not own the job any more.",
+        job_id=claim.job_id,
+        attempt=claim.attempt,
+    )
+
+
+def _touch(session: Session, claim: Claim, values: Mapping[str, Any]) -> bool:
+    row = session.execute(
+        update(Job).where(*_held(claim)).values(**values).returning(Job.cancel_requested_at)
+    ).one_or_none()
+    if row is None:
+        raise _stale(claim)
+    return row.cancel_requested_at is not None
+
+
+def _error_columns(error: EnlargerError) -> dict[str, Any]:
+    return {
+        "error_code": error.code,
+        "error_detail": error.detail,
+        "error_retryable": error.retryable,
+        "phase": "failed",
+    }
+
+
+def _requeue(
+    session: Session,
+    condition: Sequence[ColumnElement[bool]],
+    claim: Claim,
+    now: datetime,
+    outcome: str,
+    error: EnlargerError | None,
+    changes: Mapping[str, Any],
+) -> None:
+    """RUNNING -> QUEUED. Its message is gone with the attempt, so the relay sends another once `run_after` is past."""
+    moved = session.execute(
+        update(Job)
+        .where(*condition)
+        .values(
+            state=JobState.QUEUED,
+            version=Job.version + 1,
+            queued_at=now,
+            lease_until=None,
+            worker_id=None,
+            phase="queued",
+            fraction=0.0,
+            eta_seconds=None,
+            published_at=None,
+            published_count=0,
+            **changes,
+        )
+        .returning(Job.id)
+    ).one_or_none()
+    if moved is None:
+        raise _stale(claim)
+    _close_attempt(session, claim, now, outcome, error)
+
+
+def _finish(
+    session: Session,
+    condition: Sequence[ColumnElement[bool]],
+    claim: Claim,
+    state: JobState,
+    now: datetime,
+    *,
+    outcome: str,
+    **columns: Any,
+) -> None:
+    """RUNNING -> a final state, with its attempt closed and its deliveries owed. Raises StaleAttempt."""
+    if not _finish_unclaimed(session, condition, state, now, **columns):
+        raise _stale(claim)
+    _close_attempt(
+        session,
+        claim,
+        now,
+        outcome,
+        error_code=columns.get("error_code"),
+        error_detail=columns.get("error_detail"),
+        timings=columns.get("timings"),
+    )
+
+
+def _finish_unclaimed(
+    session: Session, condition: Sequence[ColumnElement[bool]], state: JobState, now: datetime, **columns: Any
+) -> bool:
+    """-> a final state by one UPDATE; where it changed the row, what is owed is recorded. False where it did not."""
+    row = session.execute(
+        update(Job)
+        .where(*condition)
+        .values(
+            **{
+                "state": state,
+                "version": Job.version + 1,
+                "finished_at": now,
+                "lease_until": None,
+                "run_after": None,
+                "eta_seconds": None,
+                "phase": str(state),
+                **columns,
+            }
+        )
+        .returning(Job.id)
+    ).one_or_none()
+    if row is None:
+        return False
+    job = session.get_one(Job, row.id, populate_existing=True)
+    job.expires_at = now + timedelta(seconds=job.ttl_seconds)
+    session.flush()
+    deliveries.owe(session, job, f"job.{state}", now)
+    if job.batch_id is not None:
+        _count_down(session, job.batch_id, now)
+    return True
+
+
+def _count_down(session: Session, batch_id: str, now: datetime) -> None:
+    batch = session.scalars(
+        update(Batch).where(Batch.id == batch_id).values(remaining=Batch.remaining - 1).returning(Batch)
+    ).one()
+    if batch.remaining == 0:
+        deliveries.owe_batch(session, batch, now)
+
+
+def _close_attempt(
+    session: Session,
+    claim: Claim,
+    now: datetime,
+    outcome: str,
+    error: EnlargerError | None = None,
+    *,
+    error_code: str | None = None,
+    error_detail: str | None = None,
+    timings: Mapping[str, float] | None = None,
+) -> None:
+    session.execute(
+        update(Attempt)
+        .where(Attempt.job_id == claim.job_id, Attempt.number == claim.attempt)
+        .values(
+            finished_at=now,
+            outcome=outcome,
+            error_code=error.code if error else error_code,
+            error_detail=error.detail if error else error_detail,
+            timings=None if timings is None else dict(timings),
+        )
+    )

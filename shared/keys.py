@@ -1,0 +1,124 @@
+"""API keys and sign-in links: who is calling.
+
+A key is `enl_` and 160 random bits in base32; shown once, stored as its SHA-256. It carries scopes and may end.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import secrets
+from collections.abc import Sequence
+from datetime import datetime
+
+from itsdangerous import BadSignature, URLSafeTimedSerializer
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from shared.db import new_id
+from shared.errors import InvalidRequest, NotFound, Unauthorized
+from shared.models import ApiKey
+
+SCOPES = ("jobs", "admin")
+KEY_PREFIX = "enl_"
+SIGN_IN_LINK_SECONDS = 86400
+
+
+def create(
+    session: Session,
+    *,
+    name: str,
+    scopes: Sequence[str],
+    now: datetime,
+    expires_at: datetime | None = None,
+    secret: str | None = None,
+) -> tuple[ApiKey, str]:
+    """Makes a key; returns its row and the secret, which cannot be had again.
+
+    `secret` sets it instead of drawing one (`ENLARGER_BOOTSTRAP_ADMIN_KEY`). Raises InvalidRequest for a scope there
+    is not, or a secret that is not `enl_` and at least 20 characters.
+    """
+    unknown = [scope for scope in scopes if scope not in SCOPES]
+    if unknown or not scopes:
+        raise InvalidRequest(f"A key's scopes are one or more of {', '.join(SCOPES)}.", scopes=list(scopes))
+    if secret is None:
+        secret = KEY_PREFIX + base64.b32encode(secrets.token_bytes(20)).decode().lower()
+    elif not secret.startswith(KEY_PREFIX) or len(secret) < len(KEY_PREFIX) + 20:
+        raise InvalidRequest("A key is `enl_` and at least 20 characters nobody can guess.")
+    key = ApiKey(
+        id=new_id("key", now),
+        name=name,
+        scopes=list(scopes),
+        secret_sha256=_sha256(secret),
+        created_at=now,
+        expires_at=expires_at,
+    )
+    session.add(key)
+    session.flush()
+    return key, secret
+
+
+def ensure(session: Session, secret: str, *, name: str, scopes: Sequence[str], now: datetime) -> ApiKey:
+    """The key with this secret, made where it is missing: for secrets that come from settings."""
+    found = session.scalar(select(ApiKey).where(ApiKey.secret_sha256 == _sha256(secret)))
+    return found or create(session, name=name, scopes=scopes, now=now, secret=secret)[0]
+
+
+def authenticate(session: Session, secret: str, *, now: datetime) -> ApiKey:
+    """The live key with this secret. Raises Unauthorized, the same for unknown, revoked and expired ones.
+
+    The look-up compares hashes in an index: what its timing could tell is about the hash, which gives nothing away.
+    """
+    digest = _sha256(secret)
+    key = session.scalar(select(ApiKey).where(ApiKey.secret_sha256 == digest))
+    if key is None or not hmac.compare_digest(key.secret_sha256, digest):
+        raise Unauthorized("The API key is not known, or no longer valid.")
+    return _live(key, now)
+
+
+def by_id(session: Session, key_id: str, *, now: datetime) -> ApiKey:
+    """The live key of a signed-in page. Raises Unauthorized."""
+    key = session.get(ApiKey, key_id)
+    if key is None:
+        raise Unauthorized("The session's key is gone; sign in again.")
+    return _live(key, now)
+
+
+def revoke(session: Session, key_id: str, *, now: datetime) -> None:
+    """Ends a key from `now` on. Revoking twice keeps the first moment. Raises NotFound."""
+    found = session.execute(update(ApiKey).where(ApiKey.id == key_id).values(revoked_at=now).returning(ApiKey.id))
+    if found.one_or_none() is None:
+        raise NotFound(f"There is no key {key_id}.")
+
+
+def every(session: Session) -> Sequence[ApiKey]:
+    """All keys, newest first; their secrets are not known to anybody any more."""
+    return session.scalars(select(ApiKey).order_by(ApiKey.created_at.desc())).all()
+
+
+def sign_in_token(secret_key: str, key_id: str) -> str:
+    """A token for a sign-in link (`/sign-in?token=...`): signed, good for a day, worth no more than its key."""
+    return _links(secret_key).dumps(key_id)
+
+
+def read_sign_in_token(secret_key: str, token: str) -> str:
+    """The id of the key a sign-in link stands for. Raises Unauthorized."""
+    try:
+        return str(_links(secret_key).loads(token, max_age=SIGN_IN_LINK_SECONDS))
+    except BadSignature as error:
+        raise Unauthorized("The sign-in link is too old or not ours; `enlarger sign-in` prints a fresh one.") from error
+
+
+def _links(secret_key: str) -> URLSafeTimedSerializer:
+    return URLSafeTimedSerializer(secret_key, salt="enlarger-sign-in")
+
+
+def _live(key: ApiKey, now: datetime) -> ApiKey:
+    if key.revoked_at is not None or (key.expires_at is not None and key.expires_at <= now):
+        raise Unauthorized("The API key is not known, or no longer valid.")
+    return key
+
+
+def _sha256(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()

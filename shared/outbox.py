@@ -1,0 +1,275 @@
+"""The only door to the broker: task names, the message's shape, publishing, and the relay's promise to publish.
+
+A message is a hint. It carries an id and nothing else; SQL says whether there is anything to do. Publishing is
+ambiguous both ways (a lost reply can leave no copy or two), so a publish error means nothing and neither does a
+duplicate: `relay_due` sends again what did not come to anything.
+"""
+
+from __future__ import annotations
+
+import queue
+import secrets
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import redis
+from celery import Celery
+from kombu import Queue
+from kombu.exceptions import KombuError, OperationalError
+from sqlalchemy import update
+from sqlalchemy.orm import Session
+
+from shared import deliveries, queries
+from shared.db import Database, clock
+from shared.errors import BrokerUnavailable, DatabaseUnavailable
+from shared.models import Job
+from shared.queries import IMAGE_QUEUES
+from shared.settings import Settings
+from shared.telemetry import log
+
+RUN_JOB = "enlarger.run_job"
+DELIVER_WEBHOOK = "enlarger.deliver_webhook"
+SWEEP_BLOBS = "enlarger.sweep_blobs"
+TASKS = (RUN_JOB, DELIVER_WEBHOOK, SWEEP_BLOBS)
+
+CHORES_QUEUE = "chores"
+
+# A key of random value that lives in Redis beside the messages. When it is gone, so are they: Redis was wiped.
+GENERATION_KEY = "enlarger:generation"
+
+# Celery ends a task at its time limit. That is the last net, far above what the plan expects: the lease and the
+# deadline between tiles act long before.
+TIME_LIMIT_FACTOR = 10
+LEAST_TIME_LIMIT_SECONDS = 1800
+SOFT_LIMIT_EARLIER_SECONDS = 60
+
+
+def celery_app(settings: Settings) -> Celery:
+    """Celery with every setting that reliability depends on, each with its reason; no tasks, no connection made.
+
+    Producers (API, relay) use it as it is; `worker.app` adds tasks and what only consumers need.
+    """
+    app = Celery("enlarger", broker=settings.redis_url, set_as_current=False)
+    app.conf.update(
+        broker_transport_options={
+            # Recovery is SQL's; a redelivery is only a hint, so it may be late: two hours, longer than any job.
+            "visibility_timeout": 7200,
+            # Look for messages of dead consumers every 10 s and at every sweep (the default skips 9 of 10).
+            "unacked_restore_interval": 10,
+            "unacked_restore_throttle": 1,
+            # The default None hangs a publish for ever on a frozen Redis.
+            "socket_timeout": 5,
+            "socket_connect_timeout": 2,
+            "socket_keepalive": True,
+            "health_check_interval": 10,
+            # A retry after a lost reply would repeat the LPUSH: one more duplicate for nothing.
+            "retry_on_timeout": False,
+            # Interactive queues come first in the worker's list and are emptied first.
+            "queue_order_strategy": "priority",
+        },
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_pool_acquire_timeout=2,
+        # The relay retries, in one place.
+        task_publish_retry=False,
+        # A message is acknowledged when its task has ended, however it ended: what comes next is SQL's decision.
+        task_acks_late=True,
+        task_acks_on_failure=True,
+        task_acks_on_timeout=True,
+        # A poison job put back by the broker crashed 55 children in 12 s; SQL counts attempts instead.
+        task_reject_on_worker_lost=False,
+        worker_prefetch_multiplier=1,
+        # Solo loses the running job at a soft shutdown and knows no hard limit.
+        worker_pool="prefork",
+        # The default of 4 s is an endless kill loop where the child imports torch.
+        worker_proc_alive_timeout=120,
+        # True re-ran the job that was going well: the lease decides who owns it, not the broker connection.
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        # On SIGTERM (with REMAP_SIGTERM=SIGQUIT) the running job gets this long to give its lease back.
+        worker_soft_shutdown_timeout=30,
+        # Nothing of ours asks workers through Redis: SQL knows who is alive.
+        worker_enable_remote_control=False,
+        worker_send_task_events=False,
+        task_ignore_result=True,
+        result_backend=None,
+        task_serializer="json",
+        accept_content=["json"],
+        # A typing error in a queue's name must fail, not make a queue nobody reads.
+        task_create_missing_queues=False,
+        task_queues=[Queue(name) for name in (*IMAGE_QUEUES, CHORES_QUEUE)],
+        task_default_queue=CHORES_QUEUE,
+        timezone="UTC",
+        # Our own structured logs stay as they are.
+        worker_hijack_root_logger=False,
+    )
+    return app
+
+
+@dataclass(frozen=True)
+class JobMessage:
+    """What is needed to send a job's message; all of it can be looked up again."""
+
+    job_id: str
+    queue: str
+    expected_seconds: float
+
+
+def message_of(job: Job) -> JobMessage:
+    return JobMessage(job.id, job.queue, job.expected_seconds)
+
+
+class Broker:
+    """Publishes. One per process; connects when first used."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._celery = celery_app(settings)
+        self._redis = redis.Redis.from_url(
+            settings.redis_url, socket_timeout=5, socket_connect_timeout=2, decode_responses=True
+        )
+
+    def publish_job(self, message: JobMessage) -> None:
+        """Raises BrokerUnavailable; the message may or may not have been queued then."""
+        limit_seconds = max(LEAST_TIME_LIMIT_SECONDS, int(TIME_LIMIT_FACTOR * message.expected_seconds))
+        self._send(
+            RUN_JOB,
+            [message.job_id],
+            message.queue,
+            time_limit=limit_seconds,
+            soft_time_limit=limit_seconds - SOFT_LIMIT_EARLIER_SECONDS,
+        )
+
+    def publish_chore(self, task: str, *args: str) -> None:
+        """Raises BrokerUnavailable; the message may or may not have been queued then."""
+        self._send(task, list(args), CHORES_QUEUE)
+
+    def generation(self) -> str:
+        """The value of GENERATION_KEY, made where it is missing. Raises BrokerUnavailable."""
+        try:
+            self._redis.set(GENERATION_KEY, secrets.token_hex(8), nx=True)
+            return str(self._redis.get(GENERATION_KEY))
+        except redis.RedisError as error:
+            raise BrokerUnavailable("Redis does not answer.") from error
+
+    def ping(self) -> None:
+        """Raises BrokerUnavailable."""
+        try:
+            self._redis.ping()
+        except redis.RedisError as error:
+            raise BrokerUnavailable("Redis does not answer.") from error
+
+    def close(self) -> None:
+        self._celery.close()
+        self._redis.close()
+
+    def _send(self, task: str, args: Sequence[str], queue_name: str, **limits: Any) -> None:
+        try:
+            self._celery.send_task(task, args=list(args), queue=queue_name, ignore_result=True, **limits)
+        except (KombuError, OperationalError, redis.RedisError, OSError) as error:
+            raise BrokerUnavailable("The message could not be sent.") from error
+
+
+class Hurrier:
+    """Publishes fresh jobs from a thread of its own, so that no request ever waits for Redis.
+
+    It only hurries: what it drops (a full queue, a dead Redis, the end of the process) the relay sends within seconds.
+    """
+
+    def __init__(self, broker: Broker, database: Database, *, backlog: int = 1000) -> None:
+        self._broker = broker
+        self._database = database
+        self._waiting: queue.Queue[JobMessage] = queue.Queue(backlog)
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def publish(self, message: JobMessage) -> None:
+        """Returns at once; call it after the commit."""
+        # Started here and not in __init__: a thread made before gunicorn forks does not exist in its children.
+        with self._lock:
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._run, name="outbox-hurrier", daemon=True)
+                self._thread.start()
+        try:
+            self._waiting.put_nowait(message)
+        except queue.Full:
+            log.warning("outbox.hurrier_full", job_id=message.job_id)
+
+    def _run(self) -> None:
+        while True:
+            first = self._waiting.get()
+            batch = [first]
+            while len(batch) < 100:
+                try:
+                    batch.append(self._waiting.get_nowait())
+                except queue.Empty:
+                    break
+            self._publish_all(batch)
+
+    def _publish_all(self, batch: Sequence[JobMessage]) -> None:
+        sent = []
+        try:
+            generation = self._broker.generation()
+            for message in batch:
+                self._broker.publish_job(message)
+                sent.append(message.job_id)
+        except BrokerUnavailable as error:
+            log.warning("outbox.hurry_failed", unsent=len(batch) - len(sent), detail=error.detail)
+        if not sent:
+            return
+        try:
+            with self._database.transaction() as session:
+                mark_published(session, sent, generation, clock(session))
+        except DatabaseUnavailable as error:
+            # Unmarked means sent once more by the relay: harmless.
+            log.warning("outbox.mark_failed", jobs=len(sent), detail=error.detail)
+
+
+def mark_published(session: Session, job_ids: Sequence[str], generation: str, now: datetime) -> None:
+    """Writes that a copy of each job's message was sent to this Redis at `now`."""
+    session.execute(
+        update(Job)
+        .where(Job.id.in_(job_ids))
+        .values(published_at=now, published_count=Job.published_count + 1, published_generation=generation)
+    )
+
+
+def relay_due(database: Database, broker: Broker, settings: Settings, *, stopping: Callable[[], bool]) -> int:
+    """Sends the message of every queued, due job and due delivery that has none on its way. Returns how many.
+
+    Loses nothing and doubles harmlessly: sends first, marks after, and two relays at once only send copies. Where
+    Redis was wiped (another generation key), everything queued is sent again; otherwise only what has waited longer
+    than max(`resend_after_seconds`, twice the expected wait). Raises BrokerUnavailable and changes nothing more.
+    """
+    generation = broker.generation()
+    sent = 0
+    while not stopping():
+        with database.reading() as session:
+            now = clock(session)
+            resend_after = {
+                name: max(
+                    settings.resend_after_seconds,
+                    2
+                    * queries.expected_wait_seconds(
+                        session, name, worker_lost_after_seconds=settings.worker_lost_after_seconds, now=now
+                    ),
+                )
+                for name in IMAGE_QUEUES
+            }
+            messages = [
+                message_of(job)
+                for job in queries.unpublished(session, generation=generation, resend_after=resend_after, now=now)
+            ]
+        if not messages:
+            break
+        for message in messages:
+            broker.publish_job(message)
+        with database.transaction() as session:
+            mark_published(session, [message.job_id for message in messages], generation, clock(session))
+        sent += len(messages)
+    with database.transaction() as session:
+        due = deliveries.due(session, resend_after_seconds=settings.resend_after_seconds, now=clock(session))
+    for delivery_id in due:
+        broker.publish_chore(DELIVER_WEBHOOK, delivery_id)
+    return sent + len(due)

@@ -1,0 +1,173 @@
+"""The one HTTP client for addresses that customers name: source pictures and webhooks.
+
+It resolves a name once, checks every address it got, and connects to the checked address itself, so that a second
+answer of the name server (DNS rebinding) cannot lead anywhere else. It follows no redirect and uses no proxy.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import BinaryIO
+from urllib.parse import SplitResult, urlsplit
+
+import httpx
+
+from shared.errors import BlockedUrl, BodyTooLarge, FetchFailed
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+# `is_global` passes addresses that carry another one inside: they lead wherever the inner one does.
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_NAT64_LOCAL = ipaddress.IPv6Network("64:ff9b:1::/48")
+_ANSWER_BYTES_KEPT = 4096
+_CHUNK_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a webhook receiver said: status, Retry-After in seconds where it gave a number, seconds it took."""
+
+    status: int
+    retry_after_seconds: float | None
+    seconds: float
+
+
+class GuardedClient:
+    """Connects to public addresses only, and to the private blocks an operator allows (`allow_private_addresses`)."""
+
+    def __init__(self, allowed_private: Sequence[str] = ()) -> None:
+        self._allowed: tuple[Network, ...] = tuple(ipaddress.ip_network(block) for block in allowed_private)
+        # TLS contexts cost 20 ms each: one for all.
+        self._ssl = httpx.create_ssl_context()
+
+    def check(self, url: str) -> None:
+        """Raises BlockedUrl where the address may not be reached as things are now, FetchFailed where it has none."""
+        parts = _split(url)
+        self._resolve(parts)
+
+    def fetch(self, url: str, file: BinaryIO, *, limit_bytes: int, timeout_seconds: float) -> str:
+        """Writes what `url` answers to GET into `file`; returns its content type.
+
+        Raises BlockedUrl, FetchFailed (no answer, other than 200, too slow in all), BodyTooLarge.
+        """
+        ends_at = time.monotonic() + timeout_seconds
+        total = 0
+        with self._open("GET", url, timeout_seconds=timeout_seconds) as response:
+            if response.status_code != 200:
+                raise FetchFailed(f"The source answered {response.status_code}.", status_received=response.status_code)
+            for chunk in response.iter_raw(_CHUNK_BYTES):
+                total += len(chunk)
+                if total > limit_bytes:
+                    raise BodyTooLarge(f"The source is larger than {limit_bytes:,} bytes.", limit_bytes=limit_bytes)
+                if time.monotonic() > ends_at:
+                    raise FetchFailed(f"The source took longer than {timeout_seconds:g} s.")
+                file.write(chunk)
+            return str(response.headers.get("content-type", ""))
+
+    def post(self, url: str, body: bytes, headers: dict[str, str], *, timeout_seconds: float) -> Answer:
+        """Sends a webhook. Any status is an answer; redirects are not followed. Raises BlockedUrl, FetchFailed."""
+        started = time.monotonic()
+        with self._open("POST", url, body=body, headers=headers, timeout_seconds=timeout_seconds) as response:
+            # The body says nothing we use; reading a little of it lets polite servers finish.
+            for read, _ in enumerate(response.iter_raw(_ANSWER_BYTES_KEPT)):
+                if read >= 1 or time.monotonic() - started > timeout_seconds:
+                    break
+            retry_after = response.headers.get("retry-after", "")
+            return Answer(
+                response.status_code,
+                float(retry_after) if retry_after.isascii() and retry_after.isdigit() else None,
+                time.monotonic() - started,
+            )
+
+    @contextmanager
+    def _open(
+        self,
+        method: str,
+        url: str,
+        *,
+        timeout_seconds: float,
+        body: bytes | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> Iterator[httpx.Response]:
+        parts = _split(url)
+        host = parts.hostname or ""
+        address = self._resolve(parts)
+        literal = f"[{address}]" if address.version == 6 else str(address)
+        port = f":{parts.port}" if parts.port else ""
+        target = parts._replace(netloc=literal + port, fragment="").geturl()
+        sent_headers = {
+            **(headers or {}),
+            "Host": (f"[{host}]" if ":" in host else host) + port,
+            "User-Agent": "Enlarger",
+            # A compressed answer could unfold to any size; we count the bytes we write.
+            "Accept-Encoding": "identity",
+        }
+        try:
+            with (
+                httpx.Client(
+                    verify=self._ssl, trust_env=False, follow_redirects=False, timeout=timeout_seconds
+                ) as client,
+                client.stream(
+                    method, target, content=body, headers=sent_headers, extensions={"sni_hostname": host}
+                ) as response,
+            ):
+                yield response
+        except httpx.HTTPError as error:
+            raise FetchFailed(f"{parts.scheme}://{host} did not answer: {type(error).__name__}.") from error
+
+    def _resolve(self, parts: SplitResult) -> Address:
+        host = parts.hostname or ""
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            raise FetchFailed(f"The name {host} has no address.") from error
+        addresses = [ipaddress.ip_address(str(entry[4][0]).split("%")[0]) for entry in found]
+        for address in addresses:
+            if not self._may_connect(address):
+                raise BlockedUrl(
+                    f"{host} leads to {address}, an address Enlarger does not connect to. "
+                    "An operator can allow it in ENLARGER_ALLOW_PRIVATE_ADDRESSES.",
+                    host=host,
+                )
+        return addresses[0]
+
+    def _may_connect(self, address: Address) -> bool:
+        inner = _carried(address)
+        if any(address in block or inner in block for block in self._allowed):
+            return True
+        return address.is_global and not address.is_multicast and inner.is_global and not inner.is_multicast
+
+
+def _split(url: str) -> SplitResult:
+    try:
+        parts = urlsplit(url)
+        port_is_readable = parts.port is None or parts.port > 0
+    except ValueError as error:
+        raise BlockedUrl("The address is not a URL.") from error
+    if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_readable:
+        raise BlockedUrl("The address must be an http or https URL with a host.")
+    if parts.username is not None or parts.password is not None:
+        raise BlockedUrl("The address must not carry a user name or password.")
+    return parts
+
+
+def _carried(address: Address) -> Address:
+    """The IPv4 address inside a mapped, 6to4, Teredo or NAT64 address; otherwise the address itself."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return address
+    if address.ipv4_mapped is not None:
+        return address.ipv4_mapped
+    if address.sixtofour is not None:
+        return address.sixtofour
+    if address.teredo is not None:
+        return address.teredo[1]
+    if address in _NAT64 or address in _NAT64_LOCAL:
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return address

@@ -1,0 +1,367 @@
+"""Read-only questions: a job as customers see it, pages of jobs, depths, ages, rates. Nothing here writes."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Generic, TypeVar
+
+from sqlalchemy import Select, and_, func, or_, select
+from sqlalchemy.orm import Session
+
+from shared.errors import InvalidRequest, NotFound
+from shared.models import TERMINAL_STATES, Batch, Delivery, DeliveryState, Job, JobState, Worker
+
+IMAGE_QUEUES = ("gpu.interactive", "gpu.bulk", "cpu.interactive", "cpu.bulk")
+
+
+def job_view(job: Job, *, queue_position: int | None = None) -> dict[str, Any]:
+    """The job as the contract shows it: the body of `GET /v1/jobs/{id}` and the `data` of webhooks. JSON values."""
+    return {
+        "id": job.id,
+        "status": str(job.state),
+        "model": job.model,
+        "routing": {"model": job.model, "reason": job.routing_reason},
+        "scale": job.scale,
+        "classify": job.classify,
+        "device": job.running_device or job.device,
+        "priority": job.priority,
+        "attempt": job.attempt,
+        "created_at": _iso(job.created_at),
+        "started_at": _iso(job.started_at),
+        "finished_at": _iso(job.finished_at),
+        "expires_at": _iso(job.expires_at),
+        "deadline_at": _iso(job.deadline_at),
+        "cancel_requested_at": _iso(job.cancel_requested_at),
+        "queue_position": queue_position,
+        "progress": {
+            "fraction": round(job.fraction, 4),
+            "phase": job.phase,
+            "bands_done": job.bands_done,
+            "bands_total": job.bands_total,
+            "eta_seconds": None if job.eta_seconds is None else round(job.eta_seconds, 1),
+        },
+        "input": {
+            "width": job.input_width,
+            "height": job.input_height,
+            "format": job.input_format,
+            "bytes": job.input_bytes,
+            "sha256": job.input_sha256,
+            "name": job.input_name,
+        },
+        "result": None
+        if job.state != JobState.SUCCEEDED
+        else {
+            "width": job.result_width,
+            "height": job.result_height,
+            "format": job.format,
+            "bytes": job.result_bytes,
+            "sha256": job.result_sha256,
+            "url": f"/v1/jobs/{job.id}/result",
+        },
+        "labels": job.labels if job.state == JobState.SUCCEEDED else None,
+        "timings": job.timings if job.state == JobState.SUCCEEDED else None,
+        "warnings": list(job.warnings or ()),
+        "error": None
+        if job.error_code is None
+        else {"code": job.error_code, "detail": job.error_detail, "retryable": bool(job.error_retryable)},
+        "external_id": job.external_id,
+        "batch_id": job.batch_id,
+    }
+
+
+def _iso(moment: datetime | None) -> str | None:
+    return None if moment is None else moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def batch_view(session: Session, batch: Batch) -> dict[str, Any]:
+    """The batch as the contract shows it, with a state per item in the order they were handed in."""
+    items = session.execute(
+        select(Job.id, Job.state, Job.external_id, Job.error_code).where(Job.batch_id == batch.id).order_by(Job.id)
+    ).all()
+    return {
+        "id": batch.id,
+        "status": "completed" if batch.remaining == 0 else "running",
+        "created_at": _iso(batch.created_at),
+        "total": batch.total,
+        "remaining": batch.remaining,
+        "items": [
+            {"id": i.id, "status": str(i.state), "external_id": i.external_id, "error_code": i.error_code}
+            for i in items
+        ],
+    }
+
+
+def delivery_view(delivery: Delivery) -> dict[str, Any]:
+    return {
+        "id": delivery.id,
+        "type": delivery.type,
+        "job_id": delivery.job_id,
+        "batch_id": delivery.batch_id,
+        "endpoint_id": delivery.endpoint_id,
+        "url": delivery.url,
+        "status": str(delivery.state),
+        "created_at": _iso(delivery.created_at),
+        "next_try_at": _iso(delivery.due_at) if delivery.state == DeliveryState.PENDING else None,
+        "finished_at": _iso(delivery.finished_at),
+        "tries": list(delivery.tries),
+    }
+
+
+def owned_job(session: Session, job_id: str, owner_key_id: str) -> Job:
+    """The job, where it belongs to this key. Raises NotFound, the same for a stranger's job as for none at all."""
+    job = session.scalar(select(Job).where(Job.id == job_id, Job.owner_key_id == owner_key_id))
+    if job is None:
+        raise NotFound("There is no such job.")
+    return job
+
+
+def queue_position(session: Session, job: Job) -> int | None:
+    """1 for the queued job that is next on its queue; None for a job that is not queued."""
+    if job.state != JobState.QUEUED:
+        return None
+    ahead = session.scalar(
+        select(func.count()).where(Job.state == JobState.QUEUED, Job.queue == job.queue, Job.id < job.id)
+    )
+    return (ahead or 0) + 1
+
+
+@dataclass(frozen=True)
+class JobFilter:
+    """What a page of jobs is narrowed to; None means any."""
+
+    owner_key_id: str | None = None
+    status: str | None = None
+    model: str | None = None
+    external_id: str | None = None
+    created_after: datetime | None = None
+    id: str | None = None
+
+    def apply(self, query: Select[Any]) -> Select[Any]:
+        conditions = [
+            (self.owner_key_id, Job.owner_key_id),
+            (self.status, Job.state),
+            (self.model, Job.model),
+            (self.external_id, Job.external_id),
+            (self.id, Job.id),
+        ]
+        for value, column in conditions:
+            if value is not None:
+                query = query.where(column == value)
+        if self.created_after is not None:
+            query = query.where(Job.created_at > self.created_after)
+        return query
+
+
+RowT = TypeVar("RowT", Job, Delivery)
+
+
+@dataclass(frozen=True)
+class Page(Generic[RowT]):
+    rows: Sequence[RowT]
+    next_cursor: str | None
+
+
+def page_of_jobs(session: Session, wanted: JobFilter, *, limit: int, cursor: str | None) -> Page[Job]:
+    """Newest first. Ids sort by time, so the cursor is the last id seen and new jobs do not shift pages.
+
+    Raises InvalidRequest where the cursor is not one we gave.
+    """
+    query = wanted.apply(select(Job)).order_by(Job.id.desc()).limit(limit + 1)
+    if cursor is not None:
+        query = query.where(Job.id < _read_cursor(cursor))
+    rows = session.scalars(query).all()
+    return _page(rows, limit)
+
+
+def page_of_deliveries(
+    session: Session, *, owner_key_id: str | None, job_id: str | None, limit: int, cursor: str | None
+) -> Page[Delivery]:
+    """Newest first. Raises InvalidRequest where the cursor is not one we gave."""
+    query = select(Delivery).order_by(Delivery.id.desc()).limit(limit + 1)
+    if owner_key_id is not None:
+        query = query.where(Delivery.owner_key_id == owner_key_id)
+    if job_id is not None:
+        query = query.where(Delivery.job_id == job_id)
+    if cursor is not None:
+        query = query.where(Delivery.id < _read_cursor(cursor))
+    return _page(session.scalars(query).all(), limit)
+
+
+def _page(rows: Sequence[RowT], limit: int) -> Page[RowT]:
+    more = len(rows) > limit
+    rows = rows[:limit]
+    cursor = base64.urlsafe_b64encode(rows[-1].id.encode()).decode().rstrip("=") if more else None
+    return Page(rows, cursor)
+
+
+def _read_cursor(cursor: str) -> str:
+    try:
+        return base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode("ascii")
+    except (binascii.Error, ValueError) as error:
+        raise InvalidRequest(
+            "The cursor is not one this list gave out; start without it.", parameter="cursor"
+        ) from error
+
+
+@dataclass(frozen=True)
+class QueueDepth:
+    queue: str
+    queued: int
+    oldest_seconds: float | None
+    running: int
+    live_workers: int
+
+
+def queue_depths(session: Session, *, worker_lost_after_seconds: float, now: datetime) -> list[QueueDepth]:
+    """Each image queue: how many wait, since when, how many run, how many live workers serve it."""
+    waiting = {
+        row.queue: row
+        for row in session.execute(
+            select(Job.queue, func.count().label("queued"), func.min(Job.queued_at).label("oldest"))
+            .where(Job.state == JobState.QUEUED)
+            .group_by(Job.queue)
+        )
+    }
+    running: dict[str, int] = dict(
+        session.execute(select(Job.queue, func.count()).where(Job.state == JobState.RUNNING).group_by(Job.queue))
+        .tuples()
+        .all()
+    )
+    workers = live_workers(session, worker_lost_after_seconds=worker_lost_after_seconds, now=now)
+    return [
+        QueueDepth(
+            queue=queue,
+            queued=waiting[queue].queued if queue in waiting else 0,
+            oldest_seconds=(now - waiting[queue].oldest).total_seconds() if queue in waiting else None,
+            running=running.get(queue, 0),
+            live_workers=sum(queue in worker.queues for worker in workers),
+        )
+        for queue in IMAGE_QUEUES
+    ]
+
+
+def live_workers(session: Session, *, worker_lost_after_seconds: float, now: datetime) -> Sequence[Worker]:
+    """Worker processes heard of lately and not stopped, newest first."""
+    return session.scalars(
+        select(Worker)
+        .where(Worker.stopped_at.is_(None), Worker.seen_at > now - timedelta(seconds=worker_lost_after_seconds))
+        .order_by(Worker.started_at.desc())
+    ).all()
+
+
+def recent_workers(session: Session, *, now: datetime, within_seconds: float = 86400) -> Sequence[Worker]:
+    """Every worker process seen within a day, newest first: the dashboard shows the lost ones too."""
+    return session.scalars(
+        select(Worker)
+        .where(Worker.seen_at > now - timedelta(seconds=within_seconds))
+        .order_by(Worker.started_at.desc())
+    ).all()
+
+
+def counts_by_state(session: Session) -> dict[str, int]:
+    """How many jobs stand in each state; every state is named."""
+    found = dict(session.execute(select(Job.state, func.count()).group_by(Job.state)).tuples().all())
+    return {str(state): found.get(state, 0) for state in JobState}
+
+
+def gpu_is_alive(session: Session, *, worker_lost_after_seconds: float, now: datetime) -> bool:
+    """A live GPU worker serves the gpu queues: `auto` jobs go there."""
+    return any(
+        worker.device == "gpu"
+        for worker in live_workers(session, worker_lost_after_seconds=worker_lost_after_seconds, now=now)
+    )
+
+
+def image_queue(device: str, priority: str, *, gpu_alive: bool) -> str:
+    """The queue for a job: its device (`auto`: a GPU where one is alive, else CPU) and its priority."""
+    kind = device if device != "auto" else ("gpu" if gpu_alive else "cpu")
+    return f"{kind}.{priority}"
+
+
+@dataclass(frozen=True)
+class RunHistory:
+    """Seconds of finished attempts per megapixel of output, of one model; None where there are none."""
+
+    jobs: int
+    p50_seconds_per_output_mp: float | None
+    p95_seconds_per_output_mp: float | None
+
+
+def run_history(session: Session, model: str, *, sample: int = 200) -> RunHistory:
+    """From the newest `sample` successes of the model: what estimates are made of."""
+    rows = session.execute(
+        select(Job.timings, Job.result_width, Job.result_height)
+        .where(Job.state == JobState.SUCCEEDED, Job.model == model)
+        .order_by(Job.finished_at.desc())
+        .limit(sample)
+    ).all()
+    rates = sorted(
+        sum(v for k, v in (r.timings or {}).items() if k != "queued_seconds" and k.endswith("_seconds"))
+        / (r.result_width * r.result_height / 1e6)
+        for r in rows
+    )
+    if not rates:
+        return RunHistory(0, None, None)
+    return RunHistory(len(rates), percentile(rates, 0.5), percentile(rates, 0.95))
+
+
+def percentile(ordered: Sequence[float], share: float) -> float:
+    """Nearest-rank percentile of values in ascending order."""
+    return ordered[min(len(ordered) - 1, max(0, round(share * len(ordered) + 0.5) - 1))]
+
+
+def deliveries_pending(session: Session) -> int:
+    return session.scalar(select(func.count()).where(Delivery.state == DeliveryState.PENDING)) or 0
+
+
+def expected_wait_seconds(session: Session, queue: str, *, worker_lost_after_seconds: float, now: datetime) -> float:
+    """Work queued ahead on a queue over the workers that serve it, from the expectation written at submit."""
+    work = session.scalar(
+        select(func.coalesce(func.sum(Job.expected_seconds), 0.0)).where(
+            Job.queue == queue, or_(Job.state == JobState.QUEUED, Job.state == JobState.RUNNING)
+        )
+    )
+    workers = live_workers(session, worker_lost_after_seconds=worker_lost_after_seconds, now=now)
+    serving = sum(queue in worker.queues for worker in workers)
+    return float(work or 0.0) / max(1, serving)
+
+
+def unpublished(
+    session: Session, *, generation: str | None, resend_after: Mapping[str, float], now: datetime, limit: int = 500
+) -> Sequence[Job]:
+    """Queued, due jobs with no message believed on its way: never sent, sent to a Redis since wiped, or long ago.
+
+    `resend_after` gives seconds per queue. Each further copy waits twice as long (to a limit), so that a long
+    backlog is not flooded with copies. Oldest first.
+    """
+    stale = [
+        and_(
+            Job.queue == queue,
+            Job.published_count == copies,
+            Job.published_at < now - timedelta(seconds=s * 2 ** (copies - 1)),
+        )
+        for queue, s in resend_after.items()
+        for copies in (1, 2, 3, 4)
+    ]
+    never = Job.published_at.is_(None)
+    wiped = Job.published_generation != generation if generation is not None else never
+    # The last, unconditional age: however many copies were sent, one more goes out each hour.
+    hourly = Job.published_at < now - timedelta(hours=1)
+    return session.scalars(
+        select(Job)
+        .where(
+            Job.state == JobState.QUEUED,
+            or_(Job.run_after.is_(None), Job.run_after <= now),
+            or_(never, wiped, hourly, *stale),
+        )
+        .order_by(Job.id)
+        .limit(limit)
+    ).all()
+
+
+def is_finished(job: Job) -> bool:
+    return job.state in TERMINAL_STATES

@@ -1,0 +1,188 @@
+"""Object storage through S3 (boto3), embedded or real. Vendor errors are translated here and nowhere else.
+
+Keys: `jobs/<id>/<128 random bits>/input`, `.../result-<attempt>.<ext>`, and `uploads/<id>/<128 random bits>`.
+The attempt in a result's key keeps a late worker from overwriting the winner's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import BinaryIO
+from urllib.parse import quote
+
+import boto3
+from boto3.s3.transfer import TransferConfig
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from shared.errors import BlobMissing, StorageUnavailable
+from shared.settings import Settings
+
+# Below this one PUT; above, a multipart upload whose parts go up while the next is read.
+MULTIPART_BYTES = 16 * 1024 * 1024
+STREAM_CHUNK_BYTES = 256 * 1024
+_MISSING_CODES = frozenset({"404", "NoSuchKey", "NotFound"})
+
+
+@dataclass(frozen=True)
+class BlobFacts:
+    bytes: int
+    content_type: str
+    etag: str
+
+
+class Storage:
+    """One bucket. Thread-safe; make one per process, after a fork another.
+
+    Every method raises StorageUnavailable where storage does not answer or refuses, BlobMissing where there is no
+    such key.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.bucket = settings.storage_bucket
+        self._link_seconds = settings.presigned_link_seconds
+        session = boto3.session.Session(
+            aws_access_key_id=settings.storage_access_key or None,
+            aws_secret_access_key=settings.storage_secret_key or None,
+            region_name=settings.storage_region,
+        )
+        config = Config(
+            connect_timeout=min(3.0, settings.storage_timeout_seconds),
+            read_timeout=settings.storage_timeout_seconds,
+            retries={"mode": "standard", "max_attempts": 3},
+            max_pool_connections=50,
+            signature_version="s3v4",
+            # Path style: an embedded or self-hosted server has no wildcard DNS for its buckets.
+            s3={"addressing_style": "path"} if settings.storage_endpoint_url else {},
+            # Other servers than AWS do not all know the newer trailing checksums.
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+        )
+        self._client = session.client("s3", endpoint_url=settings.storage_endpoint_url or None, config=config)
+        public_url = settings.storage_public_url or settings.storage_endpoint_url
+        # Signatures cover the host, so links are signed by a client that believes in the address clients use.
+        self._signer = (
+            self._client
+            if public_url == settings.storage_endpoint_url
+            else session.client("s3", endpoint_url=public_url, config=config)
+        )
+        self._transfer = TransferConfig(
+            multipart_threshold=MULTIPART_BYTES, multipart_chunksize=MULTIPART_BYTES, max_concurrency=2
+        )
+
+    def ensure_bucket(self) -> None:
+        """Makes the bucket where it is missing."""
+        with _translated():
+            try:
+                self._client.head_bucket(Bucket=self.bucket)
+            except ClientError as error:
+                if error.response["Error"]["Code"] not in {*_MISSING_CODES, "NoSuchBucket"}:
+                    raise
+                self._client.create_bucket(Bucket=self.bucket)
+
+    def ping(self) -> None:
+        """One request that reads the bucket."""
+        with _translated():
+            self._client.head_bucket(Bucket=self.bucket)
+
+    def put(
+        self, key: str, file: BinaryIO, content_type: str, *, on_bytes: Callable[[int], None] | None = None
+    ) -> None:
+        """Stores what `file` holds from where it stands. `on_bytes` hears of each chunk sent, from other threads."""
+        with _translated(key):
+            self._client.upload_fileobj(
+                file,
+                self.bucket,
+                key,
+                ExtraArgs={"ContentType": content_type},
+                Callback=on_bytes,
+                Config=self._transfer,
+            )
+
+    def get(self, key: str, file: BinaryIO) -> None:
+        """Writes the blob to `file`."""
+        with _translated(key):
+            self._client.download_fileobj(self.bucket, key, file, Config=self._transfer)
+
+    def stream(self, key: str) -> tuple[BlobFacts, Iterator[bytes]]:
+        """The blob's facts and its bytes in chunks of at most 256 KiB."""
+        with _translated(key):
+            answer = self._client.get_object(Bucket=self.bucket, Key=key)
+        facts = BlobFacts(answer["ContentLength"], answer["ContentType"], answer["ETag"])
+
+        def chunks() -> Iterator[bytes]:
+            with _translated(key):
+                yield from answer["Body"].iter_chunks(STREAM_CHUNK_BYTES)
+
+        return facts, chunks()
+
+    def facts(self, key: str) -> BlobFacts:
+        with _translated(key):
+            answer = self._client.head_object(Bucket=self.bucket, Key=key)
+        return BlobFacts(answer["ContentLength"], answer.get("ContentType", ""), answer["ETag"])
+
+    def remove(self, prefix: str) -> int:
+        """Deletes every blob whose key begins with `prefix`. Returns how many there were; none is no error."""
+        removed = 0
+        with _translated(prefix):
+            for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix):
+                # One by one: not every server answers DeleteObjects, and a job has a handful of blobs.
+                for entry in page.get("Contents", ()):
+                    self._client.delete_object(Bucket=self.bucket, Key=entry["Key"])
+                    removed += 1
+        return removed
+
+    def keys(self, prefix: str = "") -> list[str]:
+        """Every key that begins with `prefix`, in order."""
+        with _translated(prefix):
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
+            return [entry["Key"] for page in pages for entry in page.get("Contents", ())]
+
+    def link(self, key: str, *, file_name: str, content_type: str, inline: bool = False) -> str:
+        """A presigned GET address, good for `presigned_link_seconds`. No request is made."""
+        disposition = "inline" if inline else "attachment"
+        return str(
+            self._signer.generate_presigned_url(
+                "get_object",
+                Params={
+                    "Bucket": self.bucket,
+                    "Key": key,
+                    "ResponseContentDisposition": content_disposition(disposition, file_name),
+                    "ResponseContentType": content_type,
+                },
+                ExpiresIn=self._link_seconds,
+            )
+        )
+
+    def upload_link(self, key: str, *, seconds: int) -> str:
+        """A presigned PUT address, good for `seconds`. It has no size cap: check what was put before using it."""
+        return str(
+            self._signer.generate_presigned_url(
+                "put_object", Params={"Bucket": self.bucket, "Key": key}, ExpiresIn=seconds
+            )
+        )
+
+    def close(self) -> None:
+        self._client.close()
+        self._signer.close()
+
+
+def content_disposition(disposition: str, file_name: str) -> str:
+    """RFC 6266: an ASCII name for old clients and the true one, percent-encoded, for all others."""
+    plain = "".join(c if c.isascii() and (c.isalnum() or c in "._- ") else "_" for c in file_name) or "picture"
+    return f"{disposition}; filename=\"{plain}\"; filename*=UTF-8''{quote(file_name, safe='')}"
+
+
+@contextmanager
+def _translated(key: str = "") -> Iterator[None]:
+    try:
+        yield
+    except ClientError as error:
+        code = error.response.get("Error", {}).get("Code", "")
+        if code in _MISSING_CODES:
+            raise BlobMissing("There is no such blob.", key=key) from error
+        raise StorageUnavailable(f"Object storage refused: {code}.", retry_after_seconds=5) from error
+    except (BotoCoreError, boto3.exceptions.Boto3Error, OSError) as error:
+        raise StorageUnavailable("Object storage does not answer.", retry_after_seconds=5) from error

@@ -1,0 +1,41 @@
+# Every command makes or brings up to date .venv first (shared/install.py; under half a second when nothing is to do).
+# ARGS goes to the command behind a target: `make test ARGS="tests/shared -k cancel"`, `make demo ARGS=--help`.
+
+.DEFAULT_GOAL := help
+.PHONY: help demo up test lint bench
+# Two installs into one .venv at once would spoil it.
+.NOTPARALLEL:
+
+PYTHON ?= $(firstword $(foreach name,python3 python3.12 python3.11 python,$(shell command -v $(name) 2>/dev/null)))
+BIN := .venv/bin
+INSTALL = @if [ -z "$(PYTHON)" ]; then echo "Enlarger needs Python 3.11 or 3.12, and no Python was found on PATH."; exit 1; fi; \
+	"$(PYTHON)" -I shared/install.py
+
+help: ## Say what there is (this list).
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: ## Enlarge a real photograph through the whole service, print what happened, save it under demo-output/.
+	$(INSTALL) api worker stack
+	$(BIN)/enlarger demo $(ARGS)
+
+up: ## Run the whole service on this machine until ^C; prints the address, a key and a sign-in link (PORT=8000 to choose).
+	$(INSTALL) api worker stack
+	$(BIN)/enlarger up $(if $(PORT),--port $(PORT)) $(ARGS)
+
+# Complete means every line and branch. Asked for where a gap would lose jobs or spoil pictures, and only of whole runs.
+COMPLETELY_COVERED := shared/jobs.py,worker/tiling.py,worker/upscale.py
+test: ## Run every test, print the coverage, and fail where jobs, tiling or upscale are not covered completely.
+	$(INSTALL) api worker stack test lint
+	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+	$(if $(ARGS),,$(BIN)/python -m coverage report --include=$(COMPLETELY_COVERED) --fail-under=100)
+
+lint: ## Check style (ruff), types (mypy) and who imports whom (import-linter).
+	$(INSTALL) api worker stack test lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+bench: ## Measure the speed of the network and of a whole job on this machine, side by side.
+	$(INSTALL) api worker stack
+	$(BIN)/enlarger bench $(ARGS)

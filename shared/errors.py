@@ -31,7 +31,9 @@
     │   ├── BadOutput               bad-output
     │   ├── WorkerLost              worker-lost
     │   └── InternalError           internal
+    │       └── DeviceBroken        internal          (the process must end)
     ├── StaleAttempt                another attempt owns the job now: stop quietly
+    ├── StartFailed                 start-failed: a server or process of the embedded stack did not start
     └── Unavailable                 a server we depend on does not answer
         ├── StorageUnavailable      storage-unavailable
         │   └── BlobMissing         blob-missing (never retryable)
@@ -235,10 +237,23 @@ class InternalError(AttemptError):
     retryable = True
 
 
+class DeviceBroken(InternalError):
+    """The GPU failed other than by running out of memory, and every later call in this process will fail too.
+
+    The process records the attempt and ends; its successor starts on a clean device.
+    """
+
+
 class StaleAttempt(EnlargerError):
     """A write named an attempt that no longer owns the job. Nothing was changed; the worker stops quietly."""
 
     code = "stale-attempt"
+
+
+class StartFailed(EnlargerError):
+    """A server or process of the embedded stack is not installed, or did not start."""
+
+    code = "start-failed"
 
 
 class Unavailable(EnlargerError):

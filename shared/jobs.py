@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, delete, func, insert, literal, or_, select, update
+from sqlalchemy import ColumnElement, Row, delete, func, insert, literal, or_, select, update
 from sqlalchemy.orm import Session
 
 from shared import deliveries
@@ -320,9 +320,7 @@ def fail(
     A job that is being canceled is CANCELED instead: nobody waits for another attempt.
     Raises StaleAttempt.
     """
-    job = session.scalar(select(Job).where(*_held(claim)).with_for_update())
-    if job is None:
-        raise _stale(claim)
+    job = _held_job(session, claim)
     if job.cancel_requested_at is not None:
         acknowledge_cancel(session, claim, now=now)
         return JobState.CANCELED
@@ -348,8 +346,11 @@ def fail(
 def release(session: Session, claim: Claim, *, now: datetime) -> None:
     """RUNNING -> QUEUED because the worker is asked to stop: at once, and the attempt does not count against the job.
 
-    Raises StaleAttempt.
+    A job that is being canceled is CANCELED instead, as in `fail`. Raises StaleAttempt.
     """
+    if _held_job(session, claim).cancel_requested_at is not None:
+        acknowledge_cancel(session, claim, now=now)
+        return
     _requeue(session, _held(claim), claim, now, "released", None, {"run_after": None, "tries_used": Job.tries_used - 1})
 
 
@@ -371,6 +372,9 @@ def cancel(session: Session, job_id: str, *, now: datetime) -> Job:
 
     Raises JobNotCancelable where it has ended, NotFound where there is none.
     """
+    # Locked first: a worker that gives the job back between the two UPDATEs would slip past both.
+    if session.scalar(select(Job.id).where(Job.id == job_id).with_for_update()) is None:
+        raise NotFound("There is no such job.")
     if _finish_unclaimed(session, [Job.id == job_id, Job.state == JobState.QUEUED], JobState.CANCELED, now):
         return session.get_one(Job, job_id, populate_existing=True)
     asked = session.execute(
@@ -382,9 +386,7 @@ def cancel(session: Session, job_id: str, *, now: datetime) -> Job:
         )
         .returning(Job.id)
     ).one_or_none()
-    job = session.get(Job, job_id, populate_existing=True)
-    if job is None:
-        raise NotFound("There is no such job.")
+    job = session.get_one(Job, job_id, populate_existing=True)
     if asked is None:
         raise JobNotCancelable(
             f"The job is {job.state} already; only queued and running jobs can be canceled.", status_now=job.state
@@ -445,51 +447,59 @@ def retry(session: Session, job_id: str, *, now: datetime) -> Job:
 def rescue_lost(session: Session, *, retry_delay_seconds: float, now: datetime, limit: int = 100) -> list[str]:
     """Gives back jobs whose lease has passed: RUNNING -> QUEUED, FAILED (attempts used up) or CANCELED (asked for).
 
-    Returns their ids. Each change is conditional on the attempt and on its lease still being past, so two rescuers,
-    or a worker that renews at the last moment, do no harm.
+    Returns their ids. Rows that another transaction holds are left for the next round: a worker that renews or ends
+    its attempt at this moment is not lost, and two rescuers share the work.
     """
     lapsed = session.execute(
-        select(Job.id, Job.attempt, Job.tries_used, Job.max_attempts, Job.cancel_requested_at, Job.worker_id)
+        select(
+            Job.id,
+            Job.batch_id,
+            Job.attempt,
+            Job.tries_used,
+            Job.max_attempts,
+            Job.cancel_requested_at,
+            Job.worker_id,
+        )
         .where(Job.state == JobState.RUNNING, Job.lease_until < now)
         .order_by(Job.lease_until)
         .limit(limit)
+        .with_for_update(skip_locked=True)
     ).all()
-    rescued = []
-    for row in lapsed:
+    for row in _in_batch_order(lapsed):
         lost = Claim(row.id, row.attempt)
         still_lost = [*_held(lost), Job.lease_until < now]
         error = WorkerLost(
             f"Worker {row.worker_id} made no progress until its lease passed (attempt {row.attempt}).",
             worker=row.worker_id,
         )
-        try:
-            if row.cancel_requested_at is not None:
-                _finish(session, still_lost, lost, JobState.CANCELED, now, outcome="lost", phase="canceled")
-            elif row.tries_used >= row.max_attempts:
-                _finish(session, still_lost, lost, JobState.FAILED, now, outcome="lost", **_error_columns(error))
-            else:
-                # The wait that follows a lost worker is the lease itself; only a second loss suggests a bad job.
-                delay_seconds = 0.0 if row.tries_used == 1 else retry_delay_seconds
-                changes = {"run_after": now + timedelta(seconds=delay_seconds)}
-                _requeue(session, still_lost, lost, now, "lost", error, changes)
-        except StaleAttempt:
-            continue
-        rescued.append(row.id)
-    return rescued
+        if row.cancel_requested_at is not None:
+            _finish(session, still_lost, lost, JobState.CANCELED, now, outcome="lost", phase="canceled")
+        elif row.tries_used >= row.max_attempts:
+            _finish(session, still_lost, lost, JobState.FAILED, now, outcome="lost", **_error_columns(error))
+        else:
+            # The wait that follows a lost worker is the lease itself; only a second loss suggests a bad job.
+            delay_seconds = 0.0 if row.tries_used == 1 else retry_delay_seconds
+            changes = {"run_after": now + timedelta(seconds=delay_seconds)}
+            _requeue(session, still_lost, lost, now, "lost", error, changes)
+    return [row.id for row in lapsed]
 
 
 def expire_overdue(session: Session, *, now: datetime, limit: int = 100) -> list[str]:
     """QUEUED -> EXPIRED for jobs whose deadline passed before a worker could start them. Returns their ids."""
-    overdue = session.scalars(
-        select(Job.id).where(Job.state == JobState.QUEUED, Job.deadline_at <= now).limit(limit)
+    overdue = session.execute(
+        select(Job.id, Job.batch_id)
+        .where(Job.state == JobState.QUEUED, Job.deadline_at <= now)
+        .order_by(Job.deadline_at)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
     ).all()
     error = DeadlineExceeded("The deadline passed before a worker could start the job.")
     return [
-        job_id
-        for job_id in overdue
+        row.id
+        for row in _in_batch_order(overdue)
         if _finish_unclaimed(
             session,
-            [Job.id == job_id, Job.state == JobState.QUEUED, Job.deadline_at <= now],
+            [Job.id == row.id, Job.state == JobState.QUEUED, Job.deadline_at <= now],
             JobState.EXPIRED,
             now,
             **_error_columns(error),
@@ -511,10 +521,9 @@ def remove(session: Session, job_id: str, *, now: datetime) -> str:
     session.execute(delete(Attempt).where(Attempt.job_id == job_id))
     session.execute(delete(Job).where(Job.id == job_id))
     if row.batch_id is not None:
-        left = {Batch.total: Batch.total - 1}
+        session.execute(update(Batch).where(Batch.id == row.batch_id).values(total=Batch.total - 1))
         if row.state not in TERMINAL_STATES:
-            left[Batch.remaining] = Batch.remaining - 1
-        session.execute(update(Batch).where(Batch.id == row.batch_id).values(left))
+            _count_down(session, row.batch_id, now)
     owe_blob_removal(session, row.blob_prefix, now=now)
     if row.state == JobState.RUNNING:
         owe_blob_removal(session, row.blob_prefix, now=now + timedelta(seconds=LATE_WRITER_SECONDS))
@@ -549,6 +558,14 @@ def owe_blob_removal(session: Session, prefix: str, *, now: datetime) -> None:
     session.flush()
 
 
+def _in_batch_order(rows: Sequence[Row[*tuple[Any, ...]]]) -> list[Row[*tuple[Any, ...]]]:
+    """Rows of jobs in the order in which their batches are to be counted down.
+
+    A transaction that ends many jobs holds many batches; two that take them in one order never wait for each other.
+    """
+    return sorted(rows, key=lambda row: (row.batch_id or "", row.id))
+
+
 def _deadline(deadline_seconds: int | None, now: datetime) -> datetime | None:
     return None if deadline_seconds is None else now + timedelta(seconds=deadline_seconds)
 
@@ -556,6 +573,14 @@ def _deadline(deadline_seconds: int | None, now: datetime) -> datetime | None:
 def _held(claim: Claim) -> list[ColumnElement[bool]]:
     """The fence: the claim's attempt still owns the job."""
     return [Job.id == claim.job_id, Job.state == JobState.RUNNING, Job.attempt == claim.attempt]
+
+
+def _held_job(session: Session, claim: Claim) -> Job:
+    """The job as it stands, locked, so that no cancel comes between a look and the write. Raises StaleAttempt."""
+    job = session.scalar(select(Job).where(*_held(claim)).with_for_update().execution_options(populate_existing=True))
+    if job is None:
+        raise _stale(claim)
+    return job
 
 
 def _stale(claim: Claim) -> StaleAttempt:
@@ -605,6 +630,8 @@ def _requeue(
             worker_id=None,
             phase="queued",
             fraction=0.0,
+            bands_done=0,
+            bands_total=0,
             eta_seconds=None,
             published_at=None,
             published_count=0,
@@ -675,7 +702,8 @@ def _finish_unclaimed(
 
 def _count_down(session: Session, batch_id: str, now: datetime) -> None:
     batch = session.scalars(
-        update(Batch).where(Batch.id == batch_id).values(remaining=Batch.remaining - 1).returning(Batch)
+        update(Batch).where(Batch.id == batch_id).values(remaining=Batch.remaining - 1).returning(Batch),
+        execution_options={"populate_existing": True},
     ).one()
     if batch.remaining == 0:
         deliveries.owe_batch(session, batch, now)

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from itsdangerous import BadSignature, URLSafeTimedSerializer
-from sqlalchemy import select, update
+from sqlalchemy import func, literal, select, update
 from sqlalchemy.orm import Session
 
-from shared.db import new_id
+from shared.db import UtcDateTime, new_id
 from shared.errors import InvalidRequest, NotFound, Unauthorized
 from shared.models import ApiKey
 
@@ -87,7 +87,12 @@ def by_id(session: Session, key_id: str, *, now: datetime) -> ApiKey:
 
 def revoke(session: Session, key_id: str, *, now: datetime) -> None:
     """Ends a key from `now` on. Revoking twice keeps the first moment. Raises NotFound."""
-    found = session.execute(update(ApiKey).where(ApiKey.id == key_id).values(revoked_at=now).returning(ApiKey.id))
+    found = session.execute(
+        update(ApiKey)
+        .where(ApiKey.id == key_id)
+        .values(revoked_at=func.coalesce(ApiKey.revoked_at, literal(now, UtcDateTime)))
+        .returning(ApiKey.id)
+    )
     if found.one_or_none() is None:
         raise NotFound(f"There is no key {key_id}.")
 

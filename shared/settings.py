@@ -53,6 +53,9 @@ class Settings(BaseSettings):
     )
     session_seconds: int = Field(7 * 86400, gt=0, description="Life of a page's sign-in.")
     cookie_secure: bool = Field(False, description="Send the session cookie over HTTPS only. Turn on behind TLS.")
+    trusted_proxies: int = Field(
+        0, ge=0, description="Proxies in front of the API whose `X-Forwarded-*` headers are believed; 0 believes none."
+    )
     rate_limit_per_minute: int = Field(6000, gt=0, description="Requests a key may make in a minute.")
     allow_private_addresses: tuple[str, ...] = Field(
         (),

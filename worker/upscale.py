@@ -1,0 +1,448 @@
+"""Runs a plan: tiles through the network, finished Bands out, in order. Owns memory, precision and the retry of a band.
+
+What fails is one band, and only that band is done again: with smaller tiles when the device is out of memory, in
+float32 when half precision overflowed. What cannot be mended that way is raised as an error of `shared.errors`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import DTypeLike, NDArray
+from PIL import Image
+
+from shared.errors import BadOutput, DeviceBroken, ModelUnavailable, OutOfMemory
+from worker.networks import Network
+from worker.tiling import SMALLEST_TILE_PX, Band, Plan, Tile, choose_plan, plan, smaller
+
+OnTile = Callable[[int, int], None]
+"""Called after every tile with (tiles done, tiles in all); a band done again adds to both. May raise to stop all."""
+
+LARGEST_SCALE = 16
+SECONDS_PER_TILE = 5.0
+"""Progress renews a lease, and progress is a finished tile: the lease is several times this."""
+TILE_MEMORY_BYTES = 1_000_000_000
+
+FLAT_INPUT_RANGE = 16 / 255
+"""A band of the input that differs by more than this within a channel has something to show ..."""
+FLAT_OUTPUT_RANGE = 0.5 / 255
+"""... and if its result does not differ by even half a level, the network has failed silently."""
+
+LANCZOS_RADIUS = 3
+
+
+@dataclass(frozen=True)
+class UpscaledBand:
+    """A finished band. pixels: (band height * scale, width * scale, 3), float32 in [0, 1] or the dtype asked for."""
+
+    band: Band
+    y_px: int
+    """First output row."""
+    pixels: NDArray[Any]
+
+
+@dataclass(frozen=True)
+class EnlargedRows:
+    """Some finished rows of the result. pixels: (rows, width * scale, 3), float32 in [0, 1] or the dtype asked for."""
+
+    y_px: int
+    """First row, in px of the result."""
+    pixels: NDArray[Any]
+    bands_done: int
+    """Bands finished so far, those of an earlier pass included."""
+    bands_total: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """All that will be done to enlarge one picture, known before any pixel is touched."""
+
+    width: int
+    height: int
+    scale: int
+    plans: tuple[Plan, ...]
+    """One for each pass of the network; the second pass runs over the first one's result."""
+    multiply_adds_needed: int
+    """What the passes would take with nothing computed twice."""
+    multiply_adds_done: int
+    """What the plans take, halos included."""
+
+    @property
+    def tile_count(self) -> int:
+        return sum(each.tile_count for each in self.plans)
+
+    @property
+    def band_count(self) -> int:
+        return sum(len(each.bands) for each in self.plans)
+
+    @property
+    def waste(self) -> float:
+        """Work done for each unit needed; 1.0 is none wasted."""
+        return self.multiply_adds_done / self.multiply_adds_needed
+
+    def expected_seconds(self, pixels_per_second: float) -> float:
+        """On a device that does so many input pixels a second (`Network.pixels_per_second`)."""
+        needed_px = sum(each.width * each.height for each in self.plans)
+        return needed_px * self.waste / pixels_per_second
+
+
+def choose_device(wanted: str) -> str:
+    """The torch device for the setting `auto`, `cpu` or `gpu`; auto is a GPU where there is one.
+
+    Raises ModelUnavailable if a GPU is wanted and torch sees none.
+    """
+    if wanted not in ("auto", "cpu", "gpu"):
+        raise ValueError(f"The device is auto, cpu or gpu, not {wanted!r}.")
+    if wanted == "cpu":
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda:0"
+    if wanted == "gpu":
+        raise ModelUnavailable("A GPU is asked for and torch sees none here.", device=wanted, torch=torch.__version__)
+    return "cpu"
+
+
+def prepare_process(threads: int) -> int:
+    """Sets, once in a process, how many threads a network call uses; 0 is one for each core. Returns their number."""
+    if threads == 0:
+        # The cores this process may use, not those the machine has.
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    # Values near zero would otherwise be computed in microcode, many times slower, and are nothing in 255 levels.
+    torch.set_flush_denormal(True)
+    return threads
+
+
+def plan_work(
+    network: Network,
+    width: int,
+    height: int,
+    scale: int,
+    *,
+    tile_px: int = 0,
+    memory_bytes: int = TILE_MEMORY_BYTES,
+) -> Work:
+    """How a picture of `width` x `height` will be enlarged `scale` times (1 to 16).
+
+    The network runs as often as it takes to reach the scale. `tile_px` is the longest side of a tile; with 0 the tiles
+    are the ones that waste least of all that fit `memory_bytes` and take at most SECONDS_PER_TILE each on this device
+    (a whole picture may take twice that), whose speed is measured the first time. Raises ValueError for a scale that is
+    not offered.
+    """
+    if not 1 <= scale <= LARGEST_SCALE:
+        raise ValueError(f"The scale is 1 to {LARGEST_SCALE}, not {scale}.")
+    plans = [_plan_pass(network, width, height, tile_px, memory_bytes)]
+    while network.scale ** len(plans) < scale:
+        grown = network.scale ** len(plans)
+        plans.append(_plan_pass(network, width * grown, height * grown, tile_px, memory_bytes))
+    done = sum(_multiply_adds(network, each, tile) for each in plans for band in each.bands for tile in band.tiles)
+    needed_px = sum(each.width * each.height for each in plans)
+    return Work(width, height, scale, tuple(plans), needed_px * network.multiply_adds_per_px, done)
+
+
+def _multiply_adds(network: Network, whole: Plan, tile: Tile) -> int:
+    tail = tile.keep.grown(network.tail_reach_px, whole.width, whole.height)
+    return network.multiply_adds(tile.read.area_px, tail.area_px)
+
+
+def _plan_pass(network: Network, width: int, height: int, tile_px: int, memory_bytes: int) -> Plan:
+    if tile_px:
+        return plan(width, height, halo_px=network.halo_px, tile_px=tile_px)
+    by_memory = (memory_bytes - network.fixed_bytes) // network.bytes_per_px
+    by_time = int(network.pixels_per_second() * SECONDS_PER_TILE)
+    # A picture cut in two is a third more work. One that takes a little longer than a tile should stays whole, even if
+    # the speed was measured at a busy moment; twice as long is still half a lease.
+    if width * height <= 2 * by_time:
+        by_time = width * height
+    # A band is held as float32 RGB at the network's scale.
+    bytes_per_band_px = 3 * 4 * network.scale**2
+    return choose_plan(
+        width,
+        height,
+        halo_px=network.halo_px,
+        most_read_px=max(1, min(by_memory, by_time)),
+        most_band_px=memory_bytes // bytes_per_band_px,
+    )
+
+
+def enlarge(
+    network: Network,
+    image: NDArray[Any],
+    scale: int,
+    *,
+    work: Work | None = None,
+    on_tile: OnTile | None = None,
+    dtype: DTypeLike = np.float32,
+) -> Iterator[EnlargedRows]:
+    """The picture at exactly `scale` times its size, rows from the top down, as they are finished.
+
+    image: (H, W, 3), uint8, uint16, or float32 in [0, 1] -> rows of (H * scale, W * scale, 3) of `dtype`: float32 in
+    [0, 1], or uint8 or uint16 over their full range, rounded. At the network's own scale nothing else happens; below
+    it, one Lanczos step goes down; above it, the network runs again over its own result first. `work` is what
+    `plan_work` gave for this picture, and is made here if left out. `on_tile` is called after every tile; what it
+    raises passes through.
+
+    Only some bands are held, never the whole result; where the network runs twice, the result of the first pass is held
+    once, in uint16: half of float32, and 256 times finer than the 8-bit levels the network was trained on.
+
+    Raises ValueError for an array of another kind; what `upscale` raises.
+    """
+    height, width = image.shape[:2]
+    work = work or plan_work(network, width, height, scale)
+    if (work.width, work.height, work.scale) != (width, height, scale):
+        raise ValueError(
+            f"The work was planned for {work.width} x {work.height} px x {work.scale}; "
+            f"the picture is {width} x {height} px and the scale {scale}."
+        )
+    count = _Count(work.tile_count, on_tile)
+    bands_done = 0
+    for each in work.plans[:-1]:
+        held = np.empty((each.height * network.scale, each.width * network.scale, 3), np.uint16)
+        for finished in _bands(network, image, each, count, np.dtype(np.uint16)):
+            held[finished.y_px : finished.y_px + len(finished.pixels)] = finished.pixels
+            bands_done += 1
+        image = held
+
+    last = work.plans[-1]
+    if network.scale ** len(work.plans) == scale:
+        for finished in _bands(network, image, last, count, np.dtype(dtype)):
+            bands_done += 1
+            yield EnlargedRows(finished.y_px, finished.pixels, bands_done, work.band_count)
+        return
+    reduction = _Reduction(last.width * network.scale, last.height * network.scale, width * scale, height * scale)
+    for finished in _bands(network, image, last, count, np.dtype(np.float32)):
+        bands_done += 1
+        y_px, rows = reduction.add(finished.pixels)
+        if len(rows):
+            yield EnlargedRows(y_px, _quantize(rows, np.dtype(dtype)), bands_done, work.band_count)
+
+
+def upscale(
+    network: Network,
+    image: NDArray[Any],
+    *,
+    plan: Plan,
+    on_tile: OnTile | None = None,
+    dtype: DTypeLike = np.float32,
+) -> Iterator[UpscaledBand]:
+    """One pass of the network over a picture: its bands at `network.scale` times their size, in order.
+
+    image: (H, W, 3), uint8, uint16, or float32 in [0, 1]. Each band is yielded as soon as it is finished, and is the
+    caller's to keep. With the card's halo in the plan the result is that of the whole picture within 1 level of 255.
+
+    Raises ValueError for another kind of array or a plan for another size; OutOfMemory if even the smallest tiles do
+    not fit; BadOutput if the result, also in float32, is not finite or is flat where the input is not; DeviceBroken if
+    the GPU failed in any other way, after which the process must end; and whatever `on_tile` raises.
+    """
+    yield from _bands(network, image, plan, _Count(plan.tile_count, on_tile), np.dtype(dtype))
+
+
+class _Count:
+    """Tiles done, of how many, told to the caller after each."""
+
+    def __init__(self, total: int, on_tile: OnTile | None) -> None:
+        self.done = 0
+        self.total = total
+        self._on_tile = on_tile
+
+    def tile_done(self) -> None:
+        self.done += 1
+        if self._on_tile is not None:
+            self._on_tile(self.done, self.total)
+
+
+class _DoesNotFit(Exception):
+    """The device has no memory for this tile."""
+
+
+class _NotPlausible(Exception):
+    """The result is not finite, or flat where it should not be. Carries the sentence for BadOutput."""
+
+
+def _bands(
+    network: Network, image: NDArray[Any], whole: Plan, count: _Count, dtype: np.dtype[Any]
+) -> Iterator[UpscaledBand]:
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype not in (np.uint8, np.uint16, np.float32):
+        raise ValueError(f"A picture is (H, W, 3) uint8, uint16 or float32; this is {image.shape} {image.dtype}.")
+    if image.shape[:2] != (whole.height, whole.width):
+        raise ValueError(
+            f"The plan is for {whole.width} x {whole.height} px; the picture is {image.shape[1]} x {image.shape[0]} px."
+        )
+    for band in whole.bands:
+        yield UpscaledBand(band, band.region.y * network.scale, _mended(network, image, whole, band, count, dtype))
+
+
+def _mended(
+    network: Network, image: NDArray[Any], whole: Plan, band: Band, count: _Count, dtype: np.dtype[Any]
+) -> NDArray[Any]:
+    """The band's pixels, by whatever cut and precision the device can do."""
+    half = network.prefers_half
+    while True:
+        done_before = count.done
+        try:
+            return _tried(network, image, band, half, count, dtype)
+        except _DoesNotFit as error:
+            band_before = band
+            longest_px = max(max(tile.keep.width, tile.keep.height) for tile in band.tiles)
+            if longest_px <= SMALLEST_TILE_PX:
+                raise OutOfMemory(
+                    f"Not even tiles of {longest_px} px fit in the memory of {network.device}.",
+                    device=str(network.device),
+                    tile_px=longest_px,
+                ) from error
+            band = smaller(whole, band, max(SMALLEST_TILE_PX, longest_px // 2))
+        except _NotPlausible as error:
+            if not half:
+                raise BadOutput(str(error), model=network.card.name, device=str(network.device)) from error
+            band_before, half = band, False
+        # The tiles finished in vain stay counted, as done and as work: progress never falls.
+        count.total += len(band.tiles) - (len(band_before.tiles) - (count.done - done_before))
+        if network.device.type == "cuda":
+            # Here and not in the handler: the error's traceback holds the tensors of the failed call.
+            torch.cuda.empty_cache()
+
+
+def _tried(
+    network: Network, image: NDArray[Any], band: Band, half: bool, count: _Count, dtype: np.dtype[Any]
+) -> NDArray[Any]:
+    """The band's pixels, cut and computed as told. Raises _DoesNotFit or _NotPlausible, which `_mended` answers."""
+    scale, region = network.scale, band.region
+    shape = (region.height * scale, region.width * scale, 3)
+    try:
+        pixels = np.empty(shape, dtype)
+    except MemoryError as error:
+        # Smaller tiles do not make a band's result smaller.
+        raise OutOfMemory(
+            f"There is no memory for {shape[1]} x {shape[0]} px of the result.", width_px=shape[1], height_px=shape[0]
+        ) from error
+    darkest, brightest = math.inf, -math.inf
+    for tile in band.tiles:
+        piece, low, high = _one_tile(network, image, tile, half, dtype)
+        darkest, brightest = min(darkest, low), max(brightest, high)
+        top, left = (tile.keep.y - region.y) * scale, (tile.keep.x - region.x) * scale
+        pixels[top : top + piece.shape[0], left : left + piece.shape[1]] = piece
+        count.tile_done()
+    if brightest - darkest < FLAT_OUTPUT_RANGE:
+        shown = image[region.y : region.bottom]
+        full = np.iinfo(image.dtype).max if image.dtype.kind == "u" else 1
+        # Channel by channel: a picture of one colour is flat too.
+        if float(np.ptp(shown.astype(np.float32), axis=(0, 1)).max()) / full > FLAT_INPUT_RANGE:
+            raise _NotPlausible(
+                f"The network's answer for rows {region.y} to {region.bottom} is flat; the input is not."
+            )
+    return pixels
+
+
+def _one_tile(
+    network: Network, image: NDArray[Any], tile: Tile, half: bool, dtype: np.dtype[Any]
+) -> tuple[NDArray[Any], float, float]:
+    """One call of the network: what the tile keeps, as (rows, columns, 3) of `dtype`, and its least and greatest value.
+
+    The least and greatest are those before quantization. Raises _DoesNotFit, _NotPlausible or DeviceBroken; an error of
+    torch that is none of the device's is a fault of ours and passes as it is.
+    """
+    read, keep = tile.read, tile.keep
+    started = time.perf_counter()
+    try:
+        # (1, 3, H, W) over memory in the order of rows, columns, channels: what torch calls channels_last.
+        given = torch.from_numpy(_unit_floats(image[read.y : read.bottom, read.x : read.right])).permute(2, 0, 1)[None]
+        if network.device.type == "cuda":
+            given = given.pin_memory()
+        wanted = (keep.x - read.x, keep.y - read.y, keep.width, keep.height)
+        kept = network(given, keep=wanted, half=half)[0].permute(1, 2, 0)
+        # NaN and infinity pass through aminmax, so that one pass over the tile serves both checks.
+        low, high = (float(value) for value in kept.aminmax())
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise _NotPlausible(
+                f"The network answered NaN or infinity for {keep.width} x {keep.height} px at ({keep.x}, {keep.y})."
+            )
+        piece = _quantized(kept, dtype)
+    except (RuntimeError, MemoryError) as error:
+        if _is_out_of_memory(error):
+            raise _DoesNotFit(str(error)) from error
+        if _is_of_the_device(error):
+            raise DeviceBroken(f"{network.device} failed: {error}", device=str(network.device)) from error
+        raise
+    network.observe(network.multiply_adds(read.area_px, keep.area_px), time.perf_counter() - started)
+    return piece, low, high
+
+
+def _unit_floats(values: NDArray[Any]) -> NDArray[np.float32]:
+    """uint8, uint16 or float32 as contiguous float32 in [0, 1], a copy: torch takes no array that is read-only."""
+    if values.dtype.kind == "f":
+        return np.array(values, np.float32, order="C")
+    # Division, as the network was trained: multiplying by 1/255 is not the same number.
+    floats: NDArray[np.float32] = np.divide(values, np.float32(np.iinfo(values.dtype).max), dtype=np.float32, order="C")
+    return floats
+
+
+def _quantized(values: torch.Tensor, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """float32 in [0, 1] on any device -> `dtype` on the host: itself, or rounded to uint8 or uint16."""
+    if dtype == np.float32:
+        return values.cpu().numpy()
+    if dtype == np.uint8:
+        return values.mul(255).round_().to(torch.uint8).cpu().numpy()
+    # torch has few operations for uint16: it travels as int32.
+    return values.mul(65535).round_().to(torch.int32).cpu().numpy().astype(dtype)
+
+
+def _quantize(rows: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:
+    return _quantized(torch.from_numpy(rows), dtype)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory ran out: of a GPU, of its libraries, or of the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # The host's allocator, and CUDA outside torch's allocator, raise plain RuntimeErrors.
+    return bool(re.search("out of memory|not enough memory|can't allocate memory|ALLOC_FAILED", str(error)))
+
+
+def _is_of_the_device(error: BaseException) -> bool:
+    return isinstance(error, torch.AcceleratorError) or bool(re.search("CUDA|CUDNN|cuDNN|CUBLAS|cuBLAS", str(error)))
+
+
+class _Reduction:
+    """One Lanczos step down, fed with bands from the top and answering with the rows that can be finished.
+
+    The same as Pillow's `resize` of the whole picture in float32, but holding only the rows that rows to come can still
+    see: three times the ratio above and below.
+    """
+
+    def __init__(self, width: int, height: int, new_width: int, new_height: int) -> None:
+        self._width, self._height = width, height
+        self._new_width, self._new_height = new_width, new_height
+        self._ratio = height / new_height
+        self._held = np.empty((0, width, 3), np.float32)
+        self._held_from = 0
+        self._finished = 0
+
+    def add(self, pixels: NDArray[np.float32]) -> tuple[int, NDArray[np.float32]]:
+        """(first row, rows) of the result that the next rows of the source complete; perhaps none."""
+        self._held = np.concatenate([self._held, pixels])
+        known = self._held_from + len(self._held)
+        first, ratio = self._finished, self._ratio
+        # Row j is made of the rows at most LANCZOS_RADIUS * ratio from (j + 0.5) * ratio; one more for its rounding.
+        end = self._new_height
+        if known < self._height:
+            end = max(first, math.floor((known - 1) / ratio - 0.5 - LANCZOS_RADIUS) + 1)
+        if end == first:
+            return first, np.empty((0, self._new_width, 3), np.float32)
+        top, bottom = first * ratio - self._held_from, min(end * ratio - self._held_from, len(self._held))
+        size, box = (self._new_width, end - first), (0, top, self._width, bottom)
+        planes = (Image.fromarray(np.ascontiguousarray(self._held[:, :, channel])) for channel in range(3))
+        reduced = [np.asarray(plane.resize(size, Image.Resampling.LANCZOS, box=box)) for plane in planes]
+        # Lanczos overshoots at edges.
+        rows = np.clip(np.stack(reduced, axis=2), 0, 1)
+        needed_from = max(self._held_from, math.floor((end + 0.5 - LANCZOS_RADIUS) * ratio) - 1)
+        self._held = self._held[needed_from - self._held_from :].copy()
+        self._held_from, self._finished = needed_from, end
+        return first, rows

@@ -1,0 +1,157 @@
+"""Who works: the rows of worker processes, and the thread that keeps a process's own row fresh.
+
+A row says that its process is alive, what it runs and which queues it serves. It decides where `auto` jobs go and what
+the dashboard shows. It decides nothing about a job: that is the lease's business.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from sqlalchemy import delete, insert, update
+from sqlalchemy.orm import Session
+
+from shared.db import Database, clock
+from shared.errors import DatabaseUnavailable
+from shared.models import Worker
+from shared.telemetry import log
+
+KEPT_SECONDS = 7 * 86400
+"""A process not heard of for this long is forgotten."""
+
+_HOST_NAME_KEPT = 60
+
+
+@dataclass(frozen=True)
+class WorkerFacts:
+    """What one process says about itself; none of it changes while it lives."""
+
+    id: str
+    kind: str
+    """images, chores or relay."""
+    host: str
+    pid: int
+    queues: tuple[str, ...] = ()
+    device: str | None = None
+    """cpu or gpu, of image workers."""
+    device_name: str | None = None
+
+
+def this_process(
+    kind: str, *, queues: Sequence[str] = (), device: str | None = None, device_name: str | None = None
+) -> WorkerFacts:
+    """The facts of the process that calls, under an id no other process has had: hosts use process ids again."""
+    host = socket.gethostname()[:_HOST_NAME_KEPT]
+    pid = os.getpid()
+    worker_id = f"{kind}-{host}-{pid}-{secrets.token_hex(3)}"
+    return WorkerFacts(worker_id, kind, host, pid, tuple(queues), device, device_name)
+
+
+def enlist(session: Session, facts: WorkerFacts, *, models_loaded: Sequence[str] = (), now: datetime) -> None:
+    """Writes the row of a process that has just become ready. Its id must be new."""
+    session.execute(
+        insert(Worker).values(
+            id=facts.id,
+            kind=facts.kind,
+            host=facts.host,
+            pid=facts.pid,
+            device=facts.device,
+            device_name=facts.device_name,
+            queues=list(facts.queues),
+            models_loaded=list(models_loaded),
+            started_at=now,
+            seen_at=now,
+        )
+    )
+
+
+def seen(session: Session, worker_id: str, *, models_loaded: Sequence[str], now: datetime) -> bool:
+    """The process is alive. One UPDATE. False where it has no row (yet, or any more)."""
+    return _change(session, worker_id, seen_at=now, models_loaded=list(models_loaded))
+
+
+def working_on(session: Session, worker_id: str, job_id: str | None, *, now: datetime) -> None:
+    """The process has taken this job, or with None has ended the one it had. Belongs in that job's transaction."""
+    _change(session, worker_id, seen_at=now, current_job_id=job_id)
+
+
+def stopped(session: Session, worker_id: str, *, now: datetime) -> None:
+    """The process ends in order."""
+    _change(session, worker_id, seen_at=now, stopped_at=now, current_job_id=None)
+
+
+def forget_lost(session: Session, *, now: datetime) -> int:
+    """Deletes rows of processes not heard of for KEPT_SECONDS. Returns how many."""
+    gone = session.execute(
+        delete(Worker).where(Worker.seen_at < now - timedelta(seconds=KEPT_SECONDS)).returning(Worker.id)
+    )
+    return len(gone.all())
+
+
+class Presence:
+    """Keeps the row of this process fresh, from a thread of its own, while `is_alive` says yes.
+
+    A database that is away is waited for: the row is written, or written anew, when it is back.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        facts: WorkerFacts,
+        *,
+        interval_seconds: float,
+        is_alive: Callable[[], bool] = lambda: True,
+        models_loaded: Callable[[], Sequence[str]] = tuple,
+    ) -> None:
+        """`is_alive` is asked before each beat: a process that hangs in its work must come to look lost."""
+        self.facts = facts
+        self._database = database
+        self._interval_seconds = interval_seconds
+        self._is_alive = is_alive
+        self._models_loaded = models_loaded
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="presence", daemon=True)
+
+    def start(self) -> None:
+        """Enlists and begins to beat; where the database is away, enlists when it is back."""
+        self._beat()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Says that the process ends, where the database can be told; waits for the thread at most 1 s."""
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join(1)
+        try:
+            with self._database.transaction() as session:
+                stopped(session, self.facts.id, now=clock(session))
+        except DatabaseUnavailable as error:
+            log.warning("worker.stop_not_told", worker_id=self.facts.id, detail=error.detail)
+
+    def _run(self) -> None:
+        while not self._stopping.wait(self._interval_seconds):
+            self._beat()
+
+    def _beat(self) -> None:
+        if not self._is_alive():
+            log.warning("worker.hangs", worker_id=self.facts.id)
+            return
+        try:
+            with self._database.transaction() as session:
+                now = clock(session)
+                models = self._models_loaded()
+                if not seen(session, self.facts.id, models_loaded=models, now=now):
+                    enlist(session, self.facts, models_loaded=models, now=now)
+        except DatabaseUnavailable as error:
+            log.warning("worker.not_seen", worker_id=self.facts.id, detail=error.detail)
+
+
+def _change(session: Session, worker_id: str, **values: object) -> bool:
+    changed = session.execute(update(Worker).where(Worker.id == worker_id).values(**values).returning(Worker.id))
+    return changed.one_or_none() is not None

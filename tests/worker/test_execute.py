@@ -1,0 +1,823 @@
+"""One attempt: every way it can go, on real SQL and real storage; the network card and time are fakes."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pytest
+import structlog
+import torch
+from PIL import Image
+from sqlalchemy.orm import Session
+
+from shared import jobs
+from shared.db import Database, clock
+from shared.errors import (
+    BadOutput,
+    BlobMissing,
+    DatabaseUnavailable,
+    DeadlineExceeded,
+    DeviceBroken,
+    InternalError,
+    InvalidImage,
+    ModelUnavailable,
+    OutOfMemory,
+    StaleAttempt,
+    StorageUnavailable,
+)
+from shared.jobs import Claim, JobInput
+from shared.models import Attempt, Delivery, Job, JobState, Worker
+from shared.settings import Settings
+from shared.storage import Storage
+from shared.workers import WorkerFacts, enlist
+from tests.factories import LEASE_SECONDS, a_claim, a_job, a_key, a_png, options
+from tests.worker import a_network
+from worker import execute
+from worker.enlarging import Engine, Progress
+from worker.execute import (
+    Canceled,
+    CancelSeen,
+    Executor,
+    Fatal,
+    Lifeline,
+    Released,
+    Retryable,
+    StopSeen,
+    Succeeded,
+    Superseded,
+    decide,
+    scratch_folder,
+    sweep_scratch,
+)
+
+# --- deciding -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (StaleAttempt("late"), Superseded),
+        (CancelSeen(), Canceled),
+        (StopSeen(), Released),
+        (SystemExit(1), Released),
+        (KeyboardInterrupt(), Released),
+        (InvalidImage("broken"), Fatal),
+        (ModelUnavailable("none"), Fatal),
+        (DeadlineExceeded("late"), Fatal),
+        (BlobMissing("gone"), Fatal),
+        (OutOfMemory("small"), Retryable),
+        (BadOutput("NaN"), Retryable),
+        (StorageUnavailable("away"), Retryable),
+        (DatabaseUnavailable("away"), Retryable),
+        (DeviceBroken("broken"), Retryable),
+        (MemoryError(), Retryable),
+        (ZeroDivisionError(), Retryable),
+    ],
+)
+def test_whatever_is_raised_comes_to_one_outcome(error: BaseException, outcome: type) -> None:
+    assert type(decide(error, on_gpu=False, priority="bulk")) is outcome
+
+
+def test_what_does_not_fit_a_gpu_goes_to_a_cpu_of_the_same_priority() -> None:
+    error = OutOfMemory("small")
+    assert decide(error, on_gpu=True, priority="bulk") == Retryable(error, queue="cpu.bulk")
+    assert decide(error, on_gpu=False, priority="bulk") == Retryable(error, queue=None)
+
+
+def test_the_customer_of_an_unforeseen_error_learns_its_kind_and_not_its_words() -> None:
+    outcome = decide(ValueError("a secret path"), on_gpu=False, priority="bulk")
+    assert isinstance(outcome, Retryable)
+    assert isinstance(outcome.error, InternalError)
+    assert "ValueError" in outcome.error.detail
+    assert "secret" not in outcome.error.detail
+
+
+def test_memory_that_runs_out_on_the_host_is_out_of_memory() -> None:
+    outcome = decide(MemoryError(), on_gpu=False, priority="bulk")
+    assert isinstance(outcome, Retryable)
+    assert isinstance(outcome.error, OutOfMemory)
+
+
+# --- a bench to make attempts on ------------------------------------------------------------------------------------
+
+
+class Bench:
+    """A job handed in, an executor to make attempts at it, and eyes on what became of both."""
+
+    worker_id = "images-host-1-abc"
+
+    def __init__(
+        self,
+        database: Database,
+        storage: Storage,
+        settings: Settings,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        devices: tuple[str, ...] = ("cpu",),
+        queues: tuple[str, ...] = ("cpu.interactive", "cpu.bulk"),
+    ) -> None:
+        self.database, self.storage = database, storage
+        self.before_call: Callable[[int], None] = lambda _: None
+        self.networks = a_network.install(monkeypatch, lambda call: self.before_call(call))
+        # Several bands and tiles in a small picture.
+        self.settings = settings.model_copy(update={"tile_px": 8, "retry_delay_seconds": 5.0})
+        engines = {device: Engine.of(self.settings, device) for device in devices}
+        facts = WorkerFacts(self.worker_id, "images", "host", 1, queues, devices[0])
+        self.executor = Executor(database, storage, self.settings, engines, facts)
+        with database.transaction() as session:
+            now = clock(session)
+            enlist(session, facts, now=now)
+            self.key = a_key(session, now)
+
+    def submit(self, body: bytes | None = None, *, stored: bool = True, **asked: Any) -> str:
+        data = body or a_png(24, 16)
+        with self.database.transaction() as session:
+            now = clock(session)
+            job_id = jobs.new_job_id(now)
+            prefix = jobs.blob_prefix(job_id)
+            picture = JobInput(
+                job_id, prefix, f"{prefix}/input", 24, 16, "png", len(data), hashlib.sha256(data).hexdigest()
+            )
+            jobs.submit(
+                session,
+                owner_key_id=self.key.id,
+                options=options(**asked),
+                picture=picture,
+                max_attempts=3,
+                max_queued_jobs=100,
+                now=now,
+            )
+        if stored:
+            self.storage.put(picture.key, io.BytesIO(data), "image/png")
+        return job_id
+
+    def job(self, job_id: str) -> Job:
+        with self.database.transaction() as session:
+            return session.get_one(Job, job_id)
+
+    def attempts(self, job_id: str) -> list[str | None]:
+        with self.database.transaction() as session:
+            rows = session.query(Attempt).filter_by(job_id=job_id).order_by(Attempt.number)
+            return [attempt.outcome for attempt in rows]
+
+    def change(self, change: Callable[[Session], object]) -> None:
+        with self.database.transaction() as session:
+            change(session)
+
+    def make_due(self, job_id: str) -> None:
+        self.change(lambda session: setattr(session.get_one(Job, job_id), "run_after", None))
+
+    @property
+    def current_job_id(self) -> str | None:
+        with self.database.transaction() as session:
+            return session.get_one(Worker, self.worker_id).current_job_id
+
+    def results(self, job_id: str) -> list[str]:
+        return [key for key in self.storage.keys(self.job(job_id).blob_prefix) if "/result-" in key]
+
+
+@pytest.fixture
+def bench(
+    sqlite_database: Database, storage: Storage, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Bench]:
+    before = set(Path(tempfile.gettempdir()).glob("enlarger-*"))
+    yield Bench(sqlite_database, storage, settings, monkeypatch)
+    assert set(Path(tempfile.gettempdir()).glob("enlarger-*")) <= before, "an attempt left files behind"
+
+
+# --- attempts that go well ------------------------------------------------------------------------------------------
+
+
+def test_an_attempt_turns_a_queued_job_into_a_stored_result(
+    database: Database, storage: Storage, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(database, storage, settings, monkeypatch)
+    job_id = bench.submit()
+    assert isinstance(bench.executor.run(job_id), Succeeded)
+
+    job = bench.job(job_id)
+    assert (job.state, job.attempt, job.running_device, job.phase) == (JobState.SUCCEEDED, 1, "cpu", "done")
+    assert (job.result_width, job.result_height) == (96, 64)
+    assert job.result_key == f"{job.blob_prefix}/result-1.png"
+    file = io.BytesIO()
+    storage.get(job.result_key, file)
+    assert job.result_bytes == len(file.getvalue())
+    assert job.result_sha256 == hashlib.sha256(file.getvalue()).hexdigest()
+    assert Image.open(file).size == (96, 64)
+    assert storage.facts(job.result_key).content_type == "image/png"
+    assert job.timings is not None
+    assert {
+        "queued_seconds", "fetch_seconds", "decode_seconds", "load_seconds", "upscale_seconds", "encode_seconds",
+        "store_seconds", "tiles", "bands", "waste",
+    } <= set(job.timings)  # fmt: skip
+    assert job.timings["tiles"] == 6
+    assert job.labels is None
+    assert bench.attempts(job_id) == ["succeeded"]
+    assert bench.current_job_id is None
+
+
+def test_labels_come_with_the_result_when_asked_for(bench: Bench) -> None:
+    job_id = bench.submit(classify=True)
+    bench.executor.run(job_id)
+    labels = bench.job(job_id).labels
+    assert labels is not None
+    assert len(labels) == 5
+    assert set(labels[0]) == {"label", "index", "probability"}
+
+
+def test_what_the_customer_asked_for_reaches_the_picture(bench: Bench) -> None:
+    clear = io.BytesIO()
+    Image.new("RGBA", (24, 16), (0, 0, 0, 0)).save(clear, "PNG")
+    job_id = bench.submit(clear.getvalue(), scale=2, format="jpeg", background="#ff0000", quality=100)
+    bench.executor.run(job_id)
+    job = bench.job(job_id)
+    assert job.result_key is not None
+    assert job.result_key.endswith("/result-1.jpg")
+    file = io.BytesIO()
+    bench.storage.get(job.result_key, file)
+    result = Image.open(file)
+    assert (result.format, result.size) == ("JPEG", (48, 32))
+    red, green, blue = result.getpixel((20, 20))  # type: ignore[misc]
+    assert red > 250
+    assert max(green, blue) < 5
+    assert job.warnings == ["JPEG holds no transparency; the picture was laid on #ff0000."]
+
+
+# --- nothing to claim -----------------------------------------------------------------------------------------------
+
+
+def test_a_duplicate_message_finds_nothing(bench: Bench) -> None:
+    job_id = bench.submit()
+    assert isinstance(bench.executor.run(job_id), Succeeded)
+    assert bench.executor.run(job_id) is None
+    assert bench.attempts(job_id) == ["succeeded"]
+
+
+def test_a_message_for_a_job_that_is_gone_is_harmless(bench: Bench) -> None:
+    assert bench.executor.run("job_none") is None
+
+
+def test_a_late_message_does_not_take_a_job_that_was_moved_to_another_device(bench: Bench) -> None:
+    job_id = bench.submit(queue="gpu.interactive")
+    assert bench.executor.run(job_id) is None
+    assert bench.job(job_id).state == JobState.QUEUED
+
+
+def test_a_database_that_is_away_at_the_claim_leaves_the_job_queued(bench: Bench, monkeypatch: Any) -> None:
+    job_id = bench.submit()
+    with away(bench.database, monkeypatch):
+        assert bench.executor.run(job_id) is None
+    assert bench.job(job_id).state == JobState.QUEUED
+
+
+# --- cancel, rescue, deadline, stop ---------------------------------------------------------------------------------
+
+
+def test_a_cancel_is_seen_at_the_next_tile(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execute, "PROGRESS_SECONDS", 0.0)
+    job_id = bench.submit()
+
+    def cancel(call: int) -> None:
+        if call == 2:
+            bench.change(lambda session: jobs.cancel(session, job_id, now=clock(session)))
+
+    bench.before_call = cancel
+    assert isinstance(bench.executor.run(job_id), Canceled)
+    assert bench.job(job_id).state == JobState.CANCELED
+    assert bench.networks["cpu"].calls == 2
+    assert bench.results(job_id) == []
+    assert bench.attempts(job_id) == ["canceled"]
+    assert bench.current_job_id is None
+
+
+def test_no_result_appears_for_a_cancel_asked_during_the_upload(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = bench.submit()
+    put = bench.storage.put
+
+    def put_and_cancel(key: str, file: BinaryIO, content_type: str, **options: Any) -> None:
+        put(key, file, content_type, **options)
+        bench.change(lambda session: jobs.cancel(session, job_id, now=clock(session)))
+
+    monkeypatch.setattr(bench.storage, "put", put_and_cancel)
+    bench.executor.run(job_id)
+    job = bench.job(job_id)
+    assert (job.state, job.result_key) == (JobState.CANCELED, None)
+    assert bench.attempts(job_id) == ["canceled"]
+
+
+def test_a_late_worker_stops_quietly_and_changes_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execute, "PROGRESS_SECONDS", 0.0)
+    job_id = bench.submit()
+
+    def rescue_and_claim(call: int) -> None:
+        if call != 2:
+            return
+
+        def change(session: Session) -> None:
+            now = clock(session)
+            later = now + timedelta(seconds=bench.settings.lease_seconds + 1)
+            assert jobs.rescue_lost(session, retry_delay_seconds=0, now=later) == [job_id]
+            a_claim(session, job_id, later, worker_id="another")
+
+        bench.change(change)
+
+    bench.before_call = rescue_and_claim
+    assert isinstance(bench.executor.run(job_id), Superseded)
+    job = bench.job(job_id)
+    assert (job.state, job.attempt, job.worker_id) == (JobState.RUNNING, 2, "another")
+    assert bench.attempts(job_id) == ["lost", None]
+    assert bench.results(job_id) == []
+    assert bench.current_job_id is None
+
+
+def test_a_late_worker_cannot_finish_with_its_result_in_hand(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = bench.submit()
+    put = bench.storage.put
+
+    def put_and_rescue(key: str, file: BinaryIO, content_type: str, **options: Any) -> None:
+        put(key, file, content_type, **options)
+
+        def change(session: Session) -> None:
+            later = clock(session) + timedelta(seconds=bench.settings.lease_seconds + 1)
+            assert jobs.rescue_lost(session, retry_delay_seconds=0, now=later) == [job_id]
+
+        bench.change(change)
+
+    monkeypatch.setattr(bench.storage, "put", put_and_rescue)
+    bench.executor.run(job_id)
+    job = bench.job(job_id)
+    assert (job.state, job.result_key) == (JobState.QUEUED, None)
+    assert bench.current_job_id is None
+
+
+def test_a_job_deleted_in_the_middle_is_let_go(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execute, "PROGRESS_SECONDS", 0.0)
+    job_id = bench.submit()
+
+    def remove(call: int) -> None:
+        if call == 2:
+            bench.change(lambda session: jobs.remove(session, job_id, now=clock(session)))
+
+    bench.before_call = remove
+    assert isinstance(bench.executor.run(job_id), Superseded)
+
+
+def test_a_deadline_that_passes_between_tiles_fails_the_job(bench: Bench) -> None:
+    job_id = bench.submit(deadline_seconds=3600)
+
+    def pass_deadline(_: int) -> None:
+        lifeline = bench.executor._lifeline
+        assert lifeline is not None
+        lifeline._deadline = 0.0
+
+    bench.before_call = pass_deadline
+    assert isinstance(bench.executor.run(job_id), Fatal)
+    job = bench.job(job_id)
+    assert (job.state, job.error_code) == (JobState.FAILED, "deadline-exceeded")
+    assert bench.networks["cpu"].calls == 1
+
+
+def test_a_worker_that_stops_gives_the_job_back_and_the_attempt_does_not_count(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execute, "FINISH_RATHER_THAN_RELEASE_SECONDS", 0.0)
+    job_id = bench.submit()
+    bench.before_call = lambda _: bench.executor.ask_to_stop()
+    assert isinstance(bench.executor.run(job_id), Released)
+    job = bench.job(job_id)
+    assert (job.state, job.tries_used, job.run_after) == (JobState.QUEUED, 0, None)
+    assert bench.networks["cpu"].calls == 1
+    assert not bench.executor.must_end
+
+
+def test_a_worker_that_stops_finishes_what_is_nearly_done(bench: Bench) -> None:
+    job_id = bench.submit()
+    bench.before_call = lambda _: bench.executor.ask_to_stop()
+    assert isinstance(bench.executor.run(job_id), Succeeded)
+    assert bench.job(job_id).state == JobState.SUCCEEDED
+
+
+def test_a_process_told_to_exit_gives_the_job_back_and_exits(bench: Bench) -> None:
+    job_id = bench.submit()
+
+    def exit_now(_: int) -> None:
+        raise SystemExit(1)
+
+    bench.before_call = exit_now
+    assert isinstance(bench.executor.run(job_id), Released)
+    assert bench.job(job_id).state == JobState.QUEUED
+    assert bench.executor.must_end
+
+
+# --- attempts that go wrong -----------------------------------------------------------------------------------------
+
+
+def test_a_picture_that_is_none_fails_the_job_at_once(bench: Bench) -> None:
+    job_id = bench.submit(a_png()[:60])
+    assert isinstance(bench.executor.run(job_id), Fatal)
+    job = bench.job(job_id)
+    assert (job.state, job.error_code, job.attempt) == (JobState.FAILED, "invalid-image", 1)
+
+
+def test_an_unforeseen_error_is_logged_once_and_tried_three_times(bench: Bench) -> None:
+    job_id = bench.submit()
+
+    def fault(_: int) -> None:
+        raise ZeroDivisionError("ours")
+
+    bench.before_call = fault
+    for attempt in (1, 2, 3):
+        with structlog.testing.capture_logs() as logged:
+            assert isinstance(bench.executor.run(job_id), Retryable)
+        warned = [entry for entry in logged if entry["log_level"] == "warning"]
+        assert [entry["event"] for entry in warned] == ["job.attempt_broken_off"]
+        assert isinstance(warned[0]["exc_info"], ZeroDivisionError)
+        job = bench.job(job_id)
+        assert job.attempt == attempt
+        if attempt < 3:
+            assert job.state == JobState.QUEUED
+            assert job.run_after is not None
+            bench.make_due(job_id)
+    assert (job.state, job.error_code) == (JobState.FAILED, "internal")
+
+
+def test_a_missing_input_fails_the_job(bench: Bench) -> None:
+    job_id = bench.submit(stored=False)
+    bench.executor.run(job_id)
+    job = bench.job(job_id)
+    assert (job.state, job.error_code) == (JobState.FAILED, "blob-missing")
+
+
+def test_storage_that_is_away_puts_the_job_off(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = bench.submit()
+
+    def put(*_: Any, **__: Any) -> None:
+        raise StorageUnavailable("away")
+
+    monkeypatch.setattr(bench.storage, "put", put)
+    bench.executor.run(job_id)
+    job = bench.job(job_id)
+    assert job.state == JobState.QUEUED
+    assert job.run_after is not None
+
+
+def test_output_that_is_bad_is_tried_again(bench: Bench) -> None:
+    job_id = bench.submit()
+
+    def bad(_: int) -> None:
+        raise BadOutput("NaN")
+
+    bench.before_call = bad
+    bench.executor.run(job_id)
+    assert (bench.job(job_id).state, bench.attempts(job_id)) == (JobState.QUEUED, ["retryable"])
+
+
+def test_a_picture_too_large_for_the_gpu_is_made_on_the_cpu_and_says_so(
+    sqlite_database: Database, storage: Storage, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queues = ("gpu.interactive", "gpu.bulk", "cpu.interactive", "cpu.bulk")
+    bench = Bench(sqlite_database, storage, settings, monkeypatch, devices=("gpu", "cpu"), queues=queues)
+    job_id = bench.submit(queue="gpu.interactive", device="gpu")
+
+    def out_of_memory(_: int) -> None:
+        if "cpu" not in bench.networks:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    bench.before_call = out_of_memory
+    outcome = bench.executor.run(job_id)
+    assert isinstance(outcome, Retryable)
+    job = bench.job(job_id)
+    # At once, and the attempt does not count: the picture had come to the wrong place.
+    assert (job.state, job.queue, job.tries_used) == (JobState.QUEUED, "cpu.interactive", 0)
+    # Smaller tiles were tried first.
+    assert bench.networks["gpu"].calls >= 1
+
+    bench.make_due(job_id)
+    assert isinstance(bench.executor.run(job_id), Succeeded)
+    job = bench.job(job_id)
+    assert (job.state, job.attempt, job.running_device) == (JobState.SUCCEEDED, 2, "cpu")
+    assert job.warnings == ["A GPU was asked for; its memory did not suffice, so a CPU did the work."]
+
+
+def test_a_broken_device_ends_the_process_after_the_attempt_is_recorded(bench: Bench) -> None:
+    job_id = bench.submit()
+
+    def broken(_: int) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    bench.before_call = broken
+    with structlog.testing.capture_logs():
+        bench.executor.run(job_id)
+    assert bench.executor.must_end
+    assert bench.job(job_id).state == JobState.QUEUED
+    with bench.database.transaction() as session:
+        (attempt,) = session.query(Attempt)
+        assert (attempt.outcome, attempt.error_code) == ("retryable", "internal")
+
+
+# --- a database that is away ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def away(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Inside, the database cannot be reached. Gives the list of tries made."""
+    tries: list[int] = []
+
+    def transaction() -> Any:
+        tries.append(1)
+        raise DatabaseUnavailable("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(database, "transaction", transaction)
+        yield tries
+
+
+def test_a_database_away_for_a_moment_does_not_end_an_attempt(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execute, "PROGRESS_SECONDS", 0.0)
+    job_id = bench.submit()
+    transaction, failed = bench.database.transaction, []
+
+    def flaky() -> Any:
+        if "cpu" in bench.networks and bench.networks["cpu"].calls in (2, 3):
+            failed.append(1)
+            raise DatabaseUnavailable("away")
+        return transaction()
+
+    monkeypatch.setattr(bench.database, "transaction", flaky)
+    assert isinstance(bench.executor.run(job_id), Succeeded)
+    assert failed
+    assert bench.job(job_id).state == JobState.SUCCEEDED
+
+
+def test_what_an_attempt_came_to_is_written_when_the_database_is_back(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execute, "RETRY_RECORDING_SECONDS", (0.001, 0.002))
+    job_id = bench.submit()
+    put, transaction = bench.storage.put, bench.database.transaction
+    failures_left = 0
+
+    def flaky() -> Any:
+        nonlocal failures_left
+        if failures_left:
+            failures_left -= 1
+            raise DatabaseUnavailable("away")
+        return transaction()
+
+    def put_then_lose_the_database(*positional: Any, **named: Any) -> None:
+        nonlocal failures_left
+        put(*positional, **named)
+        failures_left = 4
+
+    monkeypatch.setattr(bench.database, "transaction", flaky)
+    monkeypatch.setattr(bench.storage, "put", put_then_lose_the_database)
+    assert isinstance(bench.executor.run(job_id), Succeeded)
+    assert failures_left == 0
+    assert bench.job(job_id).state == JobState.SUCCEEDED
+
+
+def test_recording_is_given_up_when_the_lease_is_surely_over(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execute, "RETRY_RECORDING_SECONDS", (0.02, 0.02))
+    bench.executor._settings = bench.settings.model_copy(update={"lease_seconds": 0.1})
+    with away(bench.database, monkeypatch) as tries:
+        bench.executor._record(Claim("job_1", 1), Released())
+    assert 1 < len(tries) < 10
+
+
+# --- the lifeline ---------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Seconds that pass when told to."""
+
+    def __init__(self) -> None:
+        self.seconds = 1000.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+class Line:
+    """A running attempt and its lifeline, with a clock to move."""
+
+    def __init__(self, database: Database, settings: Settings, **asked: Any) -> None:
+        self.database = database
+        with database.transaction() as session:
+            now = clock(session)
+            self.job_id = a_job(session, a_key(session, now), now, **asked).id
+            self.claim = a_claim(session, self.job_id, now)
+        self.clock = Clock()
+        self.is_stopping = False
+        self.lifeline = Lifeline(
+            database,
+            settings,
+            self.claim,
+            deadline_in_seconds=None,
+            is_stopping=lambda: self.is_stopping,
+            monotonic=self.clock,
+        )
+
+    @property
+    def job(self) -> Job:
+        with self.database.transaction() as session:
+            return session.get_one(Job, self.job_id)
+
+    def lease_left(self) -> float:
+        with self.database.transaction() as session:
+            lease_until = session.get_one(Job, self.job_id).lease_until
+            assert lease_until is not None
+            return (lease_until - clock(session)).total_seconds()
+
+
+def progress(tiles_done: int, bands_done: int = 0, eta_seconds: float = 9.0) -> Progress:
+    return Progress(tiles_done, 20, bands_done, 5, eta_seconds)
+
+
+@pytest.fixture
+def line(sqlite_database: Database, settings: Settings) -> Line:
+    return Line(sqlite_database, settings)
+
+
+def test_progress_is_written_at_once_then_by_time_and_at_bands(line: Line) -> None:
+    def written(told: Progress, after_seconds: float) -> bool:
+        line.clock.seconds += after_seconds
+        before = line.job.version
+        line.lifeline.progressed(told)
+        return line.job.version > before
+
+    line.lifeline.begins("upscale")
+    assert written(progress(0), 0.0)
+    assert (line.job.phase, line.job.bands_total, line.job.eta_seconds) == ("upscale", 5, 9.0)
+    assert not written(progress(1), 0.4)
+    assert written(progress(2), 0.11)
+    assert written(progress(4, bands_done=1), 0.2)
+    assert not written(progress(8, bands_done=2), 0.05)
+    assert line.job.bands_done == 1
+    # A tenth of the way and a little for what came before.
+    assert line.job.fraction == pytest.approx(0.02 + 0.93 * 4 / 20)
+
+
+def test_progress_renews_the_lease(line: Line) -> None:
+    line.lifeline.begins("upscale")
+    line.lifeline.progressed(progress(0))
+    line.clock.seconds += 15
+    assert line.lifeline.is_alive
+    line.lifeline.progressed(progress(1))
+    line.clock.seconds += LEASE_SECONDS - 1
+    assert line.lifeline.is_alive
+    line.clock.seconds += 2
+    assert not line.lifeline.is_alive
+
+
+def test_before_a_long_silence_the_lease_is_made_to_cover_it(line: Line) -> None:
+    line.lifeline.begins("decode", expected_seconds=1.0)
+    assert line.lease_left() <= LEASE_SECONDS
+    line.lifeline.begins("encode", expected_seconds=100.0)
+    assert 100 < line.lease_left() <= 105
+    assert line.job.phase == "encode"
+    line.clock.seconds += 99
+    assert line.lifeline.is_alive
+
+
+def test_a_worker_that_stops_gives_up_what_takes_long_and_nothing_else(line: Line) -> None:
+    line.is_stopping = True
+    line.lifeline.begins("upscale")
+    line.lifeline.progressed(progress(19, eta_seconds=1.0))
+    with pytest.raises(StopSeen):
+        line.lifeline.progressed(progress(1, eta_seconds=60.0))
+
+
+def test_progress_is_announced_at_most_each_tenth(sqlite_database: Database, settings: Settings) -> None:
+    line = Line(sqlite_database, settings, webhook_url="https://example.com/", webhook_events=("job.progress",))
+    line.claim = Claim(line.job_id, line.claim.attempt, announces_progress=True)
+    line.lifeline._claim = line.claim
+    for tile in range(21):
+        line.clock.seconds += 1
+        line.lifeline.progressed(progress(tile))
+    with sqlite_database.transaction() as session:
+        announced = [d.payload["data"]["progress"]["fraction"] for d in session.query(Delivery).order_by(Delivery.id)]
+    # From 0.02 to 0.95 there are nine whole tenths.
+    assert [int(fraction * 10) for fraction in announced] == list(range(1, 10))
+
+
+def test_an_upload_renews_the_lease_as_bytes_go_and_not_at_each(line: Line, settings: Settings) -> None:
+    version = line.job.version
+    for _ in range(10):
+        line.lifeline.sent(1)
+    assert line.job.version == version
+    line.clock.seconds += settings.lease_renew_seconds + 0.1
+    line.lifeline.sent(1)
+    line.lifeline.sent(1)
+    assert line.job.version == version + 1
+    line.clock.seconds += LEASE_SECONDS - 1
+    assert line.lifeline.is_alive
+
+
+def test_an_upload_of_a_late_worker_hears_it_once_and_does_not_break(
+    line: Line, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with line.database.transaction() as session:
+        jobs.release(session, line.claim, now=clock(session))
+    line.lifeline.raise_if_stale()
+    line.clock.seconds += settings.lease_renew_seconds + 0.1
+    line.lifeline.sent(1)
+    line.lifeline.sent(1)
+    with pytest.raises(StaleAttempt):
+        line.lifeline.raise_if_stale()
+
+
+def test_an_upload_goes_on_through_a_cancel_and_without_a_database(
+    line: Line, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with line.database.transaction() as session:
+        jobs.cancel(session, line.job_id, now=clock(session))
+    line.clock.seconds += settings.lease_renew_seconds + 0.1
+    line.lifeline.sent(1)
+    with away(line.database, monkeypatch):
+        line.clock.seconds += 2 * LEASE_SECONDS
+        line.lifeline.sent(1)
+    line.lifeline.raise_if_stale()
+
+
+def test_without_a_database_an_attempt_lasts_as_long_as_its_lease(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    with away(line.database, monkeypatch):
+        line.lifeline.progressed(progress(1))
+        line.clock.seconds += LEASE_SECONDS - 1
+        line.lifeline.progressed(progress(2))
+        line.clock.seconds += 2
+        with pytest.raises(DatabaseUnavailable):
+            line.lifeline.progressed(progress(3))
+
+
+def test_a_process_looks_lost_when_the_lease_of_its_attempt_has_passed(bench: Bench) -> None:
+    seen = []
+
+    def look(_: int) -> None:
+        lifeline = bench.executor._lifeline
+        assert lifeline is not None
+        seen.append(bench.executor._is_alive())
+        lifeline._lease_ends = 0.0
+        seen.append(bench.executor._is_alive())
+        # The next progress renews it: the attempt was only slow.
+
+    bench.before_call = look
+    bench.executor.run(bench.submit())
+    assert seen[:2] == [True, False]
+    assert bench.executor._is_alive()
+
+
+# --- the process ----------------------------------------------------------------------------------------------------
+
+
+def test_a_process_that_starts_enlists_with_its_network_loaded_and_says_when_it_ends(
+    sqlite_database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_network.install(monkeypatch)
+    threads = torch.get_num_threads()
+    started = Executor.start(
+        settings.model_copy(update={"worker_device": "cpu", "torch_threads": 1}), queues=["cpu.interactive"]
+    )
+    torch.set_num_threads(threads)
+    with sqlite_database.transaction() as session:
+        (worker,) = session.query(Worker)
+        assert (worker.kind, worker.device, worker.queues, worker.models_loaded, worker.pid) == (
+            "images", "cpu", ["cpu.interactive"], ["srgan"], os.getpid(),
+        )  # fmt: skip
+        assert worker.stopped_at is None
+    started.stop()
+    with sqlite_database.transaction() as session:
+        assert session.query(Worker).one().stopped_at is not None
+
+
+def test_files_of_a_killed_process_are_removed_and_those_of_a_live_one_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    dead = execute._scratch_prefix() + "999999999-x"
+    for name in (dead, execute._scratch_prefix() + f"{os.getppid()}-x", "enlarger-elsewhere-1-x", "other"):
+        (tmp_path / name).mkdir()
+    with scratch_folder() as mine:
+        assert sweep_scratch() == 1
+        assert mine.is_dir()
+        assert not (tmp_path / dead).exists()
+        assert len(list(tmp_path.iterdir())) == 4
+    assert not mine.exists()
+
+
+def test_an_init_process_counts_as_running() -> None:
+    # Another user's process may not be signalled, and is there all the same.
+    assert execute._is_running(1)
+
+
+def test_a_device_is_called_what_the_kernel_calls_it() -> None:
+    assert execute._device_name("gpu") is None or isinstance(execute._device_name("gpu"), str)
+    if Path("/proc/cpuinfo").exists() and "model name" in Path("/proc/cpuinfo").read_text():
+        assert execute._device_name("cpu")

@@ -1,0 +1,172 @@
+"""The relay's loop, its steps, and the process: what fails or hangs in one step holds up no other."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared import jobs, queries
+from shared.db import Database, clock
+from shared.errors import BrokerUnavailable, DatabaseUnavailable
+from shared.models import Job, JobState
+from shared.outbox import Broker
+from shared.settings import ENV_PREFIX, Settings
+from tests.conftest import wait_until
+from tests.factories import a_claim, a_job, a_key
+from worker import relay
+from worker.relay import Step
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def job(database: Database, job_id: str) -> Job:
+    with database.transaction() as session:
+        return session.get_one(Job, job_id)
+
+
+def a_lapsed_job(database: Database) -> str:
+    """A job whose worker has let its lease pass."""
+    with database.transaction() as session:
+        now = clock(session) - timedelta(seconds=60)
+        made = a_job(session, a_key(session, now), now)
+        a_claim(session, made.id, now)
+    return made.id
+
+
+def test_a_step_that_cannot_be_done_is_tried_again_and_the_others_go_on() -> None:
+    stopping = threading.Event()
+    done = {"well": 0, "unwell": 0}
+
+    def well() -> None:
+        done["well"] += 1
+        if min(done.values()) >= 3:
+            stopping.set()
+
+    def unwell() -> None:
+        done["unwell"] += 1
+        raise BrokerUnavailable("away") if done["unwell"] % 2 else DatabaseUnavailable("away")
+
+    assert relay.run([Step("well", 0.005, well), Step("unwell", 0.005, unwell)], stopping)
+    assert min(done.values()) >= 3
+
+
+def test_a_step_that_hangs_holds_up_no_other_nor_the_end() -> None:
+    stopping, never = threading.Event(), threading.Event()
+    turns = 0
+
+    def count() -> None:
+        nonlocal turns
+        turns += 1
+        if turns == 5:
+            stopping.set()
+
+    started = time.monotonic()
+    assert relay.run(
+        [Step("hangs", 0.005, lambda: bool(never.wait()) and None), Step("counts", 0.005, count)], stopping
+    )
+    assert time.monotonic() - started < 5
+    never.set()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_fault_of_ours_ends_the_relay_so_that_its_supervisor_starts_it_afresh() -> None:
+    def faulty() -> None:
+        raise ZeroDivisionError
+
+    assert not relay.run([Step("faulty", 0.005, faulty), Step("well", 0.005, lambda: None)], threading.Event())
+
+
+def test_a_job_whose_lease_has_passed_is_given_back(database: Database, settings: Settings) -> None:
+    job_id = a_lapsed_job(database)
+    relay.rescue(database, settings)
+    assert job(database, job_id).state == JobState.QUEUED
+
+
+def test_a_queued_job_whose_deadline_has_passed_expires(database: Database, settings: Settings) -> None:
+    with database.transaction() as session:
+        now = clock(session) - timedelta(seconds=60)
+        overdue = a_job(session, a_key(session, now), now, deadline_seconds=30)
+    relay.rescue(database, settings)
+    assert job(database, overdue.id).state == JobState.EXPIRED
+
+
+def test_more_lost_jobs_than_one_transaction_takes_are_all_given_back(
+    sqlite_database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay, "ROWS_AT_ONCE", 2)
+    lost = [a_lapsed_job(sqlite_database) for _ in range(5)]
+    relay.rescue(sqlite_database, settings)
+    assert {job(sqlite_database, job_id).state for job_id in lost} == {JobState.QUEUED}
+
+
+def test_jobs_are_rescued_while_redis_hangs(sqlite_database: Database, settings: Settings, redis_server: Any) -> None:
+    job_id = a_lapsed_job(sqlite_database)
+    settings = settings.model_copy(
+        update={"redis_url": redis_server.url, "rescue_interval_seconds": 0.05, "relay_interval_seconds": 0.05}
+    )
+    broker = Broker(settings)
+    stopping = threading.Event()
+    os.kill(redis_server.process.pid, signal.SIGSTOP)
+    try:
+        steps = relay.steps(sqlite_database, broker, settings, stopping)
+        # A publish to a frozen Redis takes many seconds to fail: the bound is far below that.
+        loop = threading.Thread(target=relay.run, args=(steps, stopping))
+        loop.start()
+        wait_until(lambda: job(sqlite_database, job_id).state == JobState.QUEUED, seconds=3, what="the rescue")
+    finally:
+        os.kill(redis_server.process.pid, signal.SIGCONT)
+        stopping.set()
+        loop.join()
+    # The steps that hung see Redis back; wait for them, or they would use what is closed below.
+    for thread in threading.enumerate():
+        if thread.name.startswith("relay-"):
+            thread.join(30)
+    broker.close()
+
+
+def test_a_queued_job_is_sent_when_redis_is_there(
+    sqlite_database: Database, settings: Settings, redis_url: str
+) -> None:
+    with sqlite_database.transaction() as session:
+        now = clock(session)
+        queued = a_job(session, a_key(session, now), now)
+    broker = Broker(settings)
+    relay.publish(sqlite_database, broker, settings, threading.Event())
+    broker.close()
+    assert job(sqlite_database, queued.id).published_count == 1
+
+
+def test_the_process_enlists_works_and_stops_within_seconds_of_sigterm(
+    sqlite_database: Database, settings: Settings
+) -> None:
+    job_id = a_lapsed_job(sqlite_database)
+    environment = {
+        **os.environ,
+        f"{ENV_PREFIX}DATABASE_URL": settings.database_url,
+        f"{ENV_PREFIX}REDIS_URL": settings.redis_url,
+    }
+    process = subprocess.Popen([sys.executable, "-m", "worker.relay"], cwd=ROOT, env=environment)
+    try:
+        wait_until(lambda: job(sqlite_database, job_id).state == JobState.QUEUED, seconds=60, what="the rescue")
+        started = time.monotonic()
+        process.terminate()
+        assert process.wait(30) == 0
+        # One second is what we aim at; the rest is a busy machine's.
+        assert time.monotonic() - started < 5
+    finally:
+        process.kill()
+        process.wait()
+    with sqlite_database.transaction() as session:
+        (relay_row,) = queries.recent_workers(session, now=clock(session))
+        assert relay_row.kind == "relay"
+        assert relay_row.stopped_at is not None
+        assert jobs.rescue_lost(session, retry_delay_seconds=1, now=clock(session)) == []

@@ -1,0 +1,114 @@
+"""The tasks of the chores queue: webhooks and sweeps. Loads no torch."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from celery import shared_task
+from sqlalchemy import delete, select
+
+from shared import jobs, workers
+from shared.db import Database, clock
+from shared.errors import StaleAttempt, Unavailable
+from shared.models import BlobRemoval, IdempotencyRecord, Upload
+from shared.outbox import CHORES_QUEUE, DELIVER_WEBHOOK, SWEEP_BLOBS
+from shared.outgoing import GuardedClient
+from shared.settings import Settings
+from shared.storage import Storage
+from shared.telemetry import log
+from shared.workers import Presence
+from worker.app import ProcessLoader
+from worker.webhooks import Postman
+
+REMOVALS_PER_SWEEP = 500
+"""A sweep is one chore among many: what is left waits for the next."""
+
+
+class Chores:
+    """What a chores process works with; made once in each."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.database = Database(settings.sqlalchemy_url)
+        self.storage = Storage(settings)
+        self.postman = Postman(self.database, GuardedClient(settings.allow_private_addresses), settings)
+        self.presence = Presence(
+            self.database,
+            workers.this_process("chores", queues=[CHORES_QUEUE]),
+            interval_seconds=settings.worker_lost_after_seconds / 3,
+        )
+
+    def close(self) -> None:
+        self.presence.stop()
+        self.storage.close()
+        self.database.close()
+
+
+class ChoresLoader(ProcessLoader):
+    chores: Chores
+    """Of a child; the main process has none."""
+
+    def process_started(self) -> None:
+        self.chores = Chores(self.settings)
+        self.chores.presence.start()
+
+    def process_stopped(self) -> None:
+        self.chores.close()
+
+
+@shared_task(name=DELIVER_WEBHOOK, bind=True)
+def deliver_webhook(self: Any, delivery_id: str) -> None:
+    """One try at a delivery; nothing where it is not due. What fails here is tried again when the relay asks."""
+    try:
+        self.app.loader.chores.postman.deliver(delivery_id)
+    except StaleAttempt as error:
+        log.info("webhook.stale", delivery_id=delivery_id, detail=error.detail)
+    except Unavailable as error:
+        log.warning("webhook.not_recorded", delivery_id=delivery_id, code=error.code, detail=error.detail)
+
+
+@shared_task(name=SWEEP_BLOBS, bind=True)
+def sweep_blobs(self: Any) -> None:
+    """Lets go of what has expired. What cannot be done now is left for the next sweep."""
+    chores = self.app.loader.chores
+    try:
+        sweep(chores.database, chores.storage, chores.settings)
+    except Unavailable as error:
+        log.warning("sweep.broken_off", code=error.code, detail=error.detail)
+
+
+def sweep(database: Database, storage: Storage, settings: Settings) -> int:
+    """Forgets expired rows, then deletes the blobs nobody needs any more. Returns how many blobs were deleted.
+
+    Each removal is a row until its blobs are gone, so a sweep broken off in between only leaves work for the next, and
+    two sweeps at once do no harm. Raises Unavailable.
+    """
+    with database.transaction() as session:
+        now = clock(session)
+        swept = jobs.sweep_expired(session, now=now, limit=REMOVALS_PER_SWEEP)
+        uploads = session.execute(
+            delete(Upload)
+            .where(Upload.id.in_(select(Upload.id).where(Upload.expires_at < now).limit(REMOVALS_PER_SWEEP)))
+            .returning(Upload.blob_key)
+        ).scalars()
+        for key in uploads.all():
+            jobs.owe_blob_removal(session, key, now=now)
+        oldest = now - timedelta(seconds=settings.idempotency_ttl_seconds)
+        session.execute(delete(IdempotencyRecord).where(IdempotencyRecord.created_at < oldest))
+        forgotten = workers.forget_lost(session, now=now)
+    removed = 0
+    with database.reading() as session:
+        due = session.execute(
+            select(BlobRemoval.id, BlobRemoval.prefix)
+            .where(BlobRemoval.due_at <= clock(session))
+            .order_by(BlobRemoval.due_at)
+            .limit(REMOVALS_PER_SWEEP)
+        ).all()
+    for removal in due:
+        removed += storage.remove(removal.prefix)
+        with database.transaction() as session:
+            session.execute(delete(BlobRemoval).where(BlobRemoval.id == removal.id))
+    if swept or removed or forgotten:
+        log.info("sweep.done", jobs=len(swept), removals=len(due), blobs=removed, workers_forgotten=forgotten)
+    return removed

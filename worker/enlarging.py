@@ -1,0 +1,352 @@
+"""One picture file becomes a larger one: decode, plan, upscale, classify, encode.
+
+Knows nothing of jobs, SQL or storage. The worker's attempts and the command line both go through here, so both make the
+same picture.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from shared import catalog
+from shared.pictures import Format, check_size, format_named, inspect
+from shared.settings import Settings
+from worker import codec, upscale
+from worker.classify import Classifier, Label
+from worker.codec import Encoder, Picture, Samples
+from worker.networks import Network, load
+from worker.upscale import EnlargedRows, Work
+
+# The slowest kinds seen (16-bit with a colour profile; AVIF) take a tenth of this: what a lease is asked for must
+# suffice on a busy machine too.
+DECODE_PX_PER_SECOND = 2_000_000
+ENCODE_AT_ONCE_PX_PER_SECOND = 1_000_000
+"""WebP and AVIF are encoded when the last row is in; all others row by row."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of a picture, in the contract's words. `format` is concrete: `shared.pictures` resolves `auto`."""
+
+    scale: int = 4
+    model: str = catalog.DEFAULT_MODEL
+    format: str = "png"
+    classify: bool = False
+    quality: int = 95
+    lossless: bool = False
+    metadata_policy: Literal["safe", "keep", "strip"] = "safe"
+    alpha: Literal["model", "lanczos", "flatten"] = "model"
+    background: str = "#ffffff"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the network has come with the picture."""
+
+    tiles_done: int
+    tiles_total: int
+    """May grow: a band that did not fit in memory is done again in more tiles."""
+    bands_done: int
+    bands_total: int
+    eta_seconds: float | None
+    """None before there is anything to judge by."""
+
+
+class Watch(Protocol):
+    """Follows the work. Either method may raise to stop it; what it raises comes out of `Engine.enlarge_file`."""
+
+    def begins(self, phase: str, *, expected_seconds: float = 0.0) -> None:
+        """A phase begins. `expected_seconds`: how long it may stay silent, generously; 0 where it is soon over."""
+
+    def progressed(self, progress: Progress) -> None:
+        """Before the first tile and after each; the bands are those whose rows have been written."""
+
+
+class Unwatched:
+    """A Watch that looks away."""
+
+    def begins(self, phase: str, *, expected_seconds: float = 0.0) -> None:
+        pass
+
+    def progressed(self, progress: Progress) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Enlarged:
+    """What became of a picture. The result itself lies in the file that was named."""
+
+    width: int
+    height: int
+    bytes: int
+    labels: tuple[Label, ...] | None
+    """Most probable first; None where they were not asked for."""
+    warnings: tuple[str, ...]
+    """For the customer, in words: what of the input could not be kept."""
+    timings: dict[str, float]
+    """Seconds by phase (`decode_seconds`, ...), and what the work was: `tiles`, `bands`, `waste`."""
+
+
+@dataclass
+class _Stopwatch:
+    timings: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def time(self, phase: str) -> Iterator[None]:
+        """Adds the seconds the block takes, also where it raises."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(phase, time.perf_counter() - started)
+
+    def add(self, phase: str, seconds: float) -> None:
+        name = f"{phase}_seconds"
+        self.timings[name] = self.timings.get(name, 0.0) + seconds
+
+
+class Engine:
+    """What a process enlarges pictures with: a device and its limits. Not for two threads at once.
+
+    `device` is torch's word ("cpu", "cuda:0"). Networks and the classifier are loaded when first asked for.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        *,
+        max_input_px: int,
+        max_output_px: int,
+        tile_px: int = 0,
+        tile_memory_bytes: int = upscale.TILE_MEMORY_BYTES,
+    ) -> None:
+        self.device = device
+        self._max_input_px = max_input_px
+        self._max_output_px = max_output_px
+        self._tile_px = tile_px
+        self._tile_memory_bytes = tile_memory_bytes
+        self._networks: dict[str, Network] = {}
+
+    @classmethod
+    def of(cls, settings: Settings, device: str) -> Engine:
+        return cls(
+            device,
+            max_input_px=settings.max_input_px,
+            max_output_px=settings.max_output_px,
+            tile_px=settings.tile_px,
+            tile_memory_bytes=settings.tile_memory_bytes,
+        )
+
+    def network(self, model: str) -> Network:
+        """The loaded network of a card. Raises ModelUnavailable."""
+        if model not in self._networks:
+            self._networks = {**self._networks, model: load(catalog.card(model), self.device)}
+        return self._networks[model]
+
+    @property
+    def models_loaded(self) -> tuple[str, ...]:
+        """Names of the cards whose networks are loaded. Any thread may ask."""
+        return tuple(self._networks)
+
+    def warm_up(self, model: str = catalog.DEFAULT_MODEL) -> None:
+        """Loads a network and measures its speed, so that the first picture need not wait for that.
+
+        Also the test that the device works at all. Raises ModelUnavailable, DeviceBroken or what torch raises.
+        """
+        self.network(model).pixels_per_second()
+
+    def enlarge_file(self, source: BinaryIO, target: Path, wanted: Wanted, watch: Watch | None = None) -> Enlarged:
+        """Enlarges the picture in `source`, a seekable binary file, into `target`. Where it raises, there is no target.
+
+        Holds the decoded input and some bands, never the whole result (WebP and AVIF: libvips holds it once).
+        Raises UploadRejected for a picture that cannot be taken or made, AttemptError where the device or the network
+        fails, and whatever `watch` raises.
+        """
+        watch = watch or Unwatched()
+        clock = _Stopwatch()
+        facts = inspect(source)
+        width, height = check_size(
+            facts,
+            wanted.scale,
+            wanted.format,
+            max_input_px=self._max_input_px,
+            max_output_px=self._max_output_px,
+            lossless=wanted.lossless,
+        )
+        watch.begins("decode", expected_seconds=facts.pixels / DECODE_PX_PER_SECOND)
+        with clock.time("decode"):
+            picture = codec.decode(source, max_input_px=self._max_input_px)
+            format = format_named(wanted.format)
+            picture, warnings = _laid_on_background(picture, wanted, format)
+        with clock.time("load"):
+            network = self.network(wanted.model)
+        with clock.time("plan"):
+            work = upscale.plan_work(
+                network,
+                picture.width,
+                picture.height,
+                wanted.scale,
+                tile_px=self._tile_px,
+                memory_bytes=self._tile_memory_bytes,
+            )
+        encoded_at_once_px = width * height if format.name in ("webp", "avif") else 0
+        with _encoder(picture, target, wanted, format, width, height) as encoder:
+            watch.begins("upscale")
+            for samples in _Enlarging(network, picture, work, wanted, format, watch, clock).rows():
+                with clock.time("encode"):
+                    encoder.write(samples)
+            labels = None
+            if wanted.classify:
+                watch.begins("classify")
+                with clock.time("classify"):
+                    labels = tuple(Classifier.load(self.device).classify(_in_8_bits(picture.rgb)))
+            watch.begins("encode", expected_seconds=encoded_at_once_px / ENCODE_AT_ONCE_PX_PER_SECOND)
+            with clock.time("encode"):
+                size_bytes = encoder.close()
+        clock.timings |= {
+            "tiles": float(work.tile_count),
+            "bands": float(work.band_count),
+            "waste": round(work.waste, 3),
+        }
+        return Enlarged(width, height, size_bytes, labels, (*picture.warnings, *warnings), clock.timings)
+
+
+def _laid_on_background(picture: Picture, wanted: Wanted, format: Format) -> tuple[Picture, tuple[str, ...]]:
+    """The picture as it goes to the network, and what the customer is to know about it."""
+    if not picture.has_alpha or (format.holds_alpha and wanted.alpha != "flatten"):
+        return picture, ()
+    told: tuple[str, ...] = ()
+    if wanted.alpha != "flatten":
+        told = (f"{format.name.upper()} holds no transparency; the picture was laid on {wanted.background}.",)
+    return codec.flatten(picture, wanted.background), told
+
+
+def _encoder(picture: Picture, target: Path, wanted: Wanted, format: Format, width: int, height: int) -> Encoder:
+    gray = picture.is_gray and format.holds_gray
+    return codec.open_encoder(
+        target,
+        format.name,
+        width,
+        height,
+        channels=(1 if gray else 3) + picture.has_alpha,
+        bits=_result_bits(picture, format),
+        quality=wanted.quality,
+        lossless=wanted.lossless,
+        metadata=codec.metadata_for_result(picture, wanted.metadata_policy, width, height),
+    )
+
+
+def _result_bits(picture: Picture, format: Format) -> int:
+    return 16 if picture.bits == 16 and format.holds_16_bit else 8
+
+
+class _Enlarging:
+    """The rows of one result: colours from the network, alpha beside them, and the watch told after every tile."""
+
+    def __init__(
+        self,
+        network: Network,
+        picture: Picture,
+        work: Work,
+        wanted: Wanted,
+        format: Format,
+        watch: Watch,
+        clock: _Stopwatch,
+    ) -> None:
+        self._network, self._picture, self._work = network, picture, work
+        self._scale, self._format, self._watch, self._clock = wanted.scale, format, watch, clock
+        self._bits = _result_bits(picture, format)
+        self._dtype: type[np.unsignedinteger[Any]] = np.uint8 if self._bits == 8 else np.uint16
+        self._alpha_by_network = picture.alpha is not None and wanted.alpha == "model"
+        # Passes of the network over the picture: colours, and alpha where it goes the same way.
+        passes = 1 + self._alpha_by_network
+        self._tiles_done = [0] * passes
+        self._tiles_total = [work.tile_count] * passes
+        self._bands_done = 0
+        self._started = time.monotonic()
+        self._guess_seconds = passes * work.expected_seconds(network.pixels_per_second())
+
+    def rows(self) -> Iterator[Samples]:
+        """(rows, width * scale, channels) of uint8 or uint16, from the top."""
+        self._tell()
+        gray = self._picture.is_gray
+        # Gray is made of the network's three channels before they are rounded.
+        colors = self._pass(0, self._picture.rgb, np.float32 if gray else self._dtype)
+        alpha = self._alpha_rows()
+        while True:
+            with self._clock.time("upscale"):
+                finished = next(colors, None)
+                if finished is None:
+                    return
+                samples = finished.pixels
+                if gray:
+                    samples = codec.quantize(codec.luma(samples), self._bits)[..., None]
+                    if not self._format.holds_gray:
+                        samples = np.repeat(samples, 3, axis=2)
+                if alpha is not None:
+                    samples = np.concatenate([samples, alpha(finished)[..., None]], axis=2)
+            yield samples
+            self._bands_done = finished.bands_done
+            self._tell()
+
+    def _pass(self, number: int, image: NDArray[Any], dtype: type[Any]) -> Iterator[EnlargedRows]:
+        def on_tile(done: int, total: int) -> None:
+            self._tiles_done[number], self._tiles_total[number] = done, total
+            self._tell()
+
+        return upscale.enlarge(
+            self._network, image, self._scale, work=self._work, on_tile=on_tile, dtype=np.dtype(dtype)
+        )
+
+    def _alpha_rows(self) -> Callable[[EnlargedRows], Samples] | None:
+        """What gives the alpha, (rows, width * scale), that belongs to some rows of colours; None where there is none.
+
+        By the network as a gray picture: in step with the colours, since the same plan gives the same bands.
+        """
+        picture = self._picture
+        if not picture.has_alpha:
+            return None
+        if picture.alpha is None:
+            level = np.array(picture.constant_alpha, picture.rgb.dtype)
+            level = _in_8_bits(level) if self._bits == 8 else level
+            return lambda finished: np.broadcast_to(level, finished.pixels.shape[:2])
+        if self._alpha_by_network:
+            opacities = self._pass(1, np.repeat(picture.alpha[..., None], 3, axis=2), np.float32)
+
+            def by_network(finished: EnlargedRows) -> Samples:
+                opacity = next(opacities)
+                assert opacity.y_px == finished.y_px
+                return codec.quantize(codec.luma(opacity.pixels), self._bits)
+
+            return by_network
+        unit = np.divide(picture.alpha, np.iinfo(picture.alpha.dtype).max, dtype=np.float32)
+        plane = Image.fromarray(unit)
+
+        def by_lanczos(finished: EnlargedRows) -> Samples:
+            rows, columns = finished.pixels.shape[:2]
+            # Filters see past the box: its rows are those of the whole plane resized at once.
+            box = (0, finished.y_px / self._scale, picture.width, (finished.y_px + rows) / self._scale)
+            return codec.quantize(
+                np.asarray(plane.resize((columns, rows), Image.Resampling.LANCZOS, box=box)), self._bits
+            )
+
+        return by_lanczos
+
+    def _tell(self) -> None:
+        done, total = sum(self._tiles_done), sum(self._tiles_total)
+        so_far = time.monotonic() - self._started
+        left = so_far / done * (total - done) if done else self._guess_seconds
+        self._watch.progressed(Progress(done, total, self._bands_done, self._work.band_count, left))
+
+
+def _in_8_bits(samples: Samples) -> Samples:
+    return samples if samples.dtype == np.uint8 else ((samples.astype(np.uint32) + 128) // 257).astype(np.uint8)

@@ -1,0 +1,558 @@
+"""One attempt at a job, told in steps: claim, fetch, enlarge, store, finish.
+
+Whatever happens between claim and finish becomes an Outcome; deciding which is apart from recording it. The attempt
+lives by its lease: progress renews it, silence lets it pass, and who has lost it changes nothing any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, BinaryIO, assert_never, cast
+
+import structlog
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from shared import jobs, workers
+from shared.db import Database, clock
+from shared.errors import (
+    DatabaseUnavailable,
+    DeadlineExceeded,
+    DeviceBroken,
+    EnlargerError,
+    InternalError,
+    OutOfMemory,
+    StaleAttempt,
+)
+from shared.jobs import Claim, JobResult
+from shared.models import Job
+from shared.pictures import format_named
+from shared.settings import Settings
+from shared.storage import Storage
+from shared.telemetry import log
+from shared.workers import Presence
+from worker import upscale
+from worker.enlarging import Engine, Progress, Wanted
+
+PROGRESS_SECONDS = 0.5
+"""Progress is written at most this late after a tile that made some ..."""
+BAND_SECONDS = 0.1
+"""... and at a band's end, but no oftener than this: small bands take milliseconds."""
+
+FINISH_RATHER_THAN_RELEASE_SECONDS = 5.0
+"""A worker that stops finishes what will take no longer: doing it all again elsewhere would cost more."""
+
+STORE_BYTES_PER_SECOND = 1_000_000
+"""A slow line to object storage: what the lease is asked for before an upload, which then renews it as bytes go."""
+
+RETRY_RECORDING_SECONDS = (0.1, 2.0)
+"""First and longest wait before what an attempt came to is written again, where the database is away."""
+
+# Shares of `fraction`: fetching and decoding come before the first tile, classifying and storing after the last.
+FRACTION_BEFORE, FRACTION_AFTER = 0.02, 0.95
+
+
+@dataclass(frozen=True)
+class Succeeded:
+    result: JobResult
+
+
+@dataclass(frozen=True)
+class Retryable:
+    """Another attempt may do better. `queue` sends it to another device's queue."""
+
+    error: EnlargerError
+    queue: str | None = None
+
+
+@dataclass(frozen=True)
+class Fatal:
+    """No attempt will do better."""
+
+    error: EnlargerError
+
+
+@dataclass(frozen=True)
+class Canceled:
+    """The customer has taken the job back."""
+
+
+@dataclass(frozen=True)
+class Released:
+    """The worker is asked to stop: the job goes back to its queue, and this attempt does not count."""
+
+
+@dataclass(frozen=True)
+class Superseded:
+    """Another attempt owns the job, or it is gone: there is nothing to record."""
+
+
+Outcome = Succeeded | Retryable | Fatal | Canceled | Released | Superseded
+
+
+class CancelSeen(Exception):
+    """Raised between tiles: the customer has asked to cancel."""
+
+
+class StopSeen(Exception):
+    """Raised between tiles: this process has been asked to stop."""
+
+
+def decide(error: BaseException, *, on_gpu: bool, priority: str) -> Outcome:
+    """What an attempt that raised `error` came to."""
+    match error:
+        case StaleAttempt():
+            return Superseded()
+        case CancelSeen():
+            return Canceled()
+        case StopSeen() | SystemExit() | KeyboardInterrupt():
+            return Released()
+        case OutOfMemory() if on_gpu:
+            # The customer gets a picture and not an error, also where a GPU was asked for by name.
+            return Retryable(error, queue=f"cpu.{priority}")
+        case MemoryError():
+            return Retryable(OutOfMemory("The worker ran out of memory."))
+        case EnlargerError():
+            return Retryable(error) if error.retryable else Fatal(error)
+        case _:
+            return Retryable(InternalError(f"Something unforeseen happened: {type(error).__name__}."))
+
+
+class Lifeline:
+    """Keeps one claimed attempt alive while it makes progress, and raises what must end it.
+
+    A `worker.enlarging.Watch`: it is called between tiles and before anything that stays silent for long. Raises
+    StaleAttempt, CancelSeen, StopSeen or DeadlineExceeded there. A database that is away does not end an attempt as
+    long as the lease lasts.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        settings: Settings,
+        claim: Claim,
+        *,
+        deadline_in_seconds: float | None,
+        is_stopping: Callable[[], bool],
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._database, self._settings, self._claim = database, settings, claim
+        self._is_stopping, self._monotonic = is_stopping, monotonic
+        now = monotonic()
+        self._lease_ends = now + settings.lease_seconds
+        self._deadline = None if deadline_in_seconds is None else now + deadline_in_seconds
+        self._last = Progress(0, 0, 0, 0, None)
+        self._phase = "claimed"
+        self._written_at = now
+        self._tenths_announced = 0
+        # Uploads tell of their bytes from threads of their own.
+        self._lock = threading.Lock()
+        self._stale: StaleAttempt | None = None
+
+    @property
+    def is_alive(self) -> bool:
+        """The lease has not passed, as far as this process knows."""
+        return self._monotonic() < self._lease_ends
+
+    def begins(self, phase: str, *, expected_seconds: float = 0.0) -> None:
+        """A phase begins; where it may stay silent for long, the lease is renewed beforehand to cover it."""
+        self._phase = phase
+        self._check(left_seconds=0.0)
+        needed_seconds = expected_seconds + self._settings.lease_renew_seconds
+        if expected_seconds > 0 and self._lease_ends - self._monotonic() < needed_seconds:
+            self._write(max(self._settings.lease_seconds, needed_seconds))
+
+    def progressed(self, progress: Progress) -> None:
+        self._check(left_seconds=progress.eta_seconds or 0.0)
+        last, self._last = self._last, progress
+        since_seconds = self._monotonic() - self._written_at
+        is_first = last.tiles_total == 0
+        band_ended = progress.bands_done > last.bands_done
+        if is_first or since_seconds >= PROGRESS_SECONDS or (band_ended and since_seconds >= BAND_SECONDS):
+            self._write(self._settings.lease_seconds)
+
+    def sent(self, _bytes: int) -> None:
+        """Some bytes of the result are in storage. Called from the upload's threads; raises nothing."""
+        with self._lock:
+            if self._stale is not None:
+                return
+            left = self._lease_ends - self._monotonic()
+            if left < self._settings.lease_seconds - self._settings.lease_renew_seconds:
+                try:
+                    self._write(self._settings.lease_seconds)
+                except StaleAttempt as error:
+                    self._stale = error
+                except (CancelSeen, DatabaseUnavailable):
+                    # The upload is the last step: what comes after it finds out the same.
+                    pass
+
+    def raise_if_stale(self) -> None:
+        """Raises StaleAttempt where `sent` has learned that the attempt is over."""
+        if self._stale is not None:
+            raise self._stale
+
+    def _check(self, *, left_seconds: float) -> None:
+        if self._deadline is not None and self._monotonic() > self._deadline:
+            raise DeadlineExceeded("The deadline passed while the job was running.")
+        if self._is_stopping() and left_seconds > FINISH_RATHER_THAN_RELEASE_SECONDS:
+            raise StopSeen
+
+    def _write(self, lease_seconds: float) -> None:
+        """Writes how far the attempt has come and renews its lease, in one UPDATE."""
+        progress = self._last
+        share = progress.tiles_done / progress.tiles_total if progress.tiles_total else 0.0
+        fraction = FRACTION_BEFORE + (FRACTION_AFTER - FRACTION_BEFORE) * share
+        tenths = int(fraction * 10)
+        # The lease is counted from before the statement: the database counts from a little later, never earlier.
+        started = self._written_at = self._monotonic()
+        try:
+            with self._database.transaction() as session:
+                is_canceling = jobs.progress(
+                    session,
+                    self._claim,
+                    phase=self._phase,
+                    fraction=fraction,
+                    bands_done=progress.bands_done,
+                    bands_total=progress.bands_total,
+                    eta_seconds=progress.eta_seconds,
+                    lease_seconds=lease_seconds,
+                    now=clock(session),
+                    announce=tenths > self._tenths_announced,
+                )
+        except DatabaseUnavailable as error:
+            if not self.is_alive:
+                raise
+            log.warning("job.progress_not_written", detail=error.detail)
+            return
+        self._lease_ends = started + lease_seconds
+        self._tenths_announced = max(self._tenths_announced, tenths)
+        if is_canceling:
+            raise CancelSeen
+
+
+class Executor:
+    """Makes attempts, one at a time, in one image process."""
+
+    def __init__(
+        self,
+        database: Database,
+        storage: Storage,
+        settings: Settings,
+        engines: dict[str, Engine],
+        facts: workers.WorkerFacts,
+    ) -> None:
+        """`engines` by the contract's word for their device: `cpu`, and `gpu` where there is one."""
+        self.must_end = False
+        """No further attempt may be made in this process: its device is broken, or it has been told to exit."""
+        self._database, self._storage, self._settings = database, storage, settings
+        self._engines = engines
+        self._stopping = threading.Event()
+        self._lifeline: Lifeline | None = None
+        self.presence = Presence(
+            database,
+            facts,
+            interval_seconds=settings.worker_lost_after_seconds / 3,
+            is_alive=self._is_alive,
+            models_loaded=lambda: engines[facts.device or "cpu"].models_loaded,
+        )
+
+    @classmethod
+    def start(cls, settings: Settings, *, queues: Sequence[str]) -> Executor:
+        """Makes this process an image worker: loads the default network, tries it out, and enlists.
+
+        Raises ModelUnavailable where there is no such device or no weights: a process that cannot work must not look
+        as if it could.
+        """
+        started = time.monotonic()
+        cores = upscale.prepare_process(0)
+        threads = upscale.prepare_process(settings.torch_threads or max(1, cores // settings.worker_concurrency))
+        device = upscale.choose_device(settings.worker_device)
+        kind = "cpu" if device == "cpu" else "gpu"
+        engines = {kind: Engine.of(settings, device)}
+        engines.setdefault("cpu", Engine.of(settings, "cpu"))
+        engines[kind].warm_up()
+        sweep_scratch()
+        facts = workers.this_process("images", queues=queues, device=kind, device_name=_device_name(kind))
+        executor = cls(Database(settings.sqlalchemy_url), Storage(settings), settings, engines, facts)
+        executor.presence.start()
+        log.info(
+            "worker.ready",
+            worker_id=facts.id,
+            device=device,
+            queues=list(queues),
+            threads=threads,
+            seconds=round(time.monotonic() - started, 2),
+        )
+        return executor
+
+    def ask_to_stop(self) -> None:
+        """From now on a running attempt gives its lease back at its next tile, unless it is nearly done. A signal
+        handler may call it."""
+        self._stopping.set()
+
+    def stop(self) -> None:
+        """The process ends: says so, and lets go of its connections."""
+        self.presence.stop()
+        self._storage.close()
+        self._database.close()
+
+    def run(self, job_id: str) -> Outcome | None:
+        """One attempt at the job, from claim to finish. None where there was nothing to claim.
+
+        Raises nothing that is the job's fault. Where the database does not answer at the claim, nothing has happened,
+        and the relay sends the message again.
+        """
+        with structlog.contextvars.bound_contextvars(job_id=job_id):
+            try:
+                claimed = self._claim(job_id)
+            except DatabaseUnavailable as error:
+                log.warning("job.not_claimed", detail=error.detail)
+                return None
+            if claimed is None:
+                log.info("job.nothing_to_claim")
+                return None
+            claim, job, now, device = claimed
+            with structlog.contextvars.bound_contextvars(attempt=claim.attempt, traceparent=job.traceparent):
+                return self._attempt(claim, job, now, device)
+
+    def _claim(self, job_id: str) -> tuple[Claim, Job, datetime, str] | None:
+        with self._database.transaction() as session:
+            now = clock(session)
+            queue = session.scalar(select(Job.queue).where(Job.id == job_id))
+            # A late copy of a message may name a job that has been moved to another device since.
+            if queue is None or queue not in self.presence.facts.queues:
+                return None
+            device = "cpu" if queue.startswith("cpu.") else "gpu"
+            claim = jobs.claim(
+                session,
+                job_id,
+                worker_id=self.presence.facts.id,
+                device=device,
+                lease_seconds=self._settings.lease_seconds,
+                now=now,
+            )
+            if claim is None:
+                return None
+            workers.working_on(session, self.presence.facts.id, job_id, now=now)
+            return claim, session.get_one(Job, job_id), now, device
+
+    def _attempt(self, claim: Claim, job: Job, claimed_at: datetime, device: str) -> Outcome:
+        queued_seconds = max(0.0, (claimed_at - job.queued_at).total_seconds())
+        log.info("job.claimed", wait_seconds=round(queued_seconds, 3), device=device, worker=self.presence.facts.id)
+        started = time.monotonic()
+        self._lifeline = Lifeline(
+            self._database,
+            self._settings,
+            claim,
+            deadline_in_seconds=None if job.deadline_at is None else (job.deadline_at - claimed_at).total_seconds(),
+            is_stopping=self._stopping.is_set,
+        )
+        outcome: Outcome
+        try:
+            outcome = Succeeded(self._work(claim, job, queued_seconds, device, self._lifeline))
+        except BaseException as error:  # noqa: BLE001 - the project's one: whatever it is, it becomes an Outcome
+            outcome = decide(error, on_gpu=device == "gpu", priority=job.priority)
+            self.must_end = isinstance(error, DeviceBroken | SystemExit)
+            _log_broken_off(error, outcome)
+        try:
+            self._record(claim, outcome)
+        finally:
+            self._lifeline = None
+        log.info(
+            "job.attempt_ended",
+            outcome=type(outcome).__name__.lower(),
+            seconds=round(time.monotonic() - started, 3),
+            timings=outcome.result.timings if isinstance(outcome, Succeeded) else None,
+        )
+        return outcome
+
+    def _work(self, claim: Claim, job: Job, queued_seconds: float, device: str, lifeline: Lifeline) -> JobResult:
+        """From the stored input to the stored result. Raises whatever goes wrong."""
+        format = format_named(job.format)
+        with scratch_folder() as folder, tempfile.TemporaryFile(dir=folder) as source:
+            started = time.monotonic()
+            lifeline.begins("fetch", expected_seconds=job.input_bytes / STORE_BYTES_PER_SECOND)
+            self._storage.get(job.input_key, cast(BinaryIO, source))
+            fetched = time.monotonic()
+            target = folder / f"result{format.extension}"
+            made = self._engines[device].enlarge_file(cast(BinaryIO, source), target, wanted_of(job), lifeline)
+
+            storing = time.monotonic()
+            lifeline.begins("store", expected_seconds=made.bytes / STORE_BYTES_PER_SECOND)
+            # Named after the attempt: a worker that wakes up after a rescue must not overwrite the winner's result.
+            key = f"{job.blob_prefix}/result-{claim.attempt}{format.extension}"
+            with target.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+                file.seek(0)
+                self._storage.put(key, file, format.mime_type, on_bytes=lifeline.sent)
+            lifeline.raise_if_stale()
+        timings = {
+            "queued_seconds": queued_seconds,
+            "fetch_seconds": fetched - started,
+            **made.timings,
+            "store_seconds": time.monotonic() - storing,
+        }
+        warnings = made.warnings
+        if job.device == "gpu" and device == "cpu":
+            warnings = (*warnings, "A GPU was asked for; its memory did not suffice, so a CPU did the work.")
+        labels = None
+        if made.labels is not None:
+            labels = [
+                {"label": each.label, "index": each.index, "probability": round(each.probability, 4)}
+                for each in made.labels
+            ]
+        return JobResult(
+            key=key,
+            width=made.width,
+            height=made.height,
+            bytes=made.bytes,
+            sha256=sha256,
+            labels=labels,
+            timings={name: round(value, 4) for name, value in timings.items()},
+            warnings=warnings,
+        )
+
+    def _record(self, claim: Claim, outcome: Outcome) -> None:
+        """Writes down what the attempt came to. A database that is away is waited for as long as a lease lasts: after
+        that the job is somebody else's."""
+        wait_seconds, longest_seconds = RETRY_RECORDING_SECONDS
+        ends_at = time.monotonic() + self._settings.lease_seconds
+        while True:
+            try:
+                self._record_once(claim, outcome)
+                return
+            except DatabaseUnavailable as error:
+                if time.monotonic() + wait_seconds > ends_at:
+                    log.warning("job.not_recorded", outcome=type(outcome).__name__.lower(), detail=error.detail)
+                    return
+            # Nobody sets it: the wait is only a wait.
+            threading.Event().wait(wait_seconds)
+            wait_seconds = min(2 * wait_seconds, longest_seconds)
+
+    def _record_once(self, claim: Claim, outcome: Outcome) -> None:
+        worker_id = self.presence.facts.id
+        try:
+            with self._database.transaction() as session:
+                now = clock(session)
+                self._write(session, claim, outcome, now)
+                workers.working_on(session, worker_id, None, now=now)
+            return
+        except StaleAttempt as error:
+            log.info("job.superseded", detail=error.detail)
+        with self._database.transaction() as session:
+            now = clock(session)
+            workers.working_on(session, worker_id, None, now=now)
+            if isinstance(outcome, Succeeded):
+                # Perhaps it came too late in another way: a job that is being canceled cannot succeed any more.
+                with contextlib.suppress(StaleAttempt):
+                    jobs.acknowledge_cancel(session, claim, now=now)
+
+    def _write(self, session: Session, claim: Claim, outcome: Outcome, now: datetime) -> None:
+        match outcome:
+            case Succeeded(result):
+                jobs.succeed(session, claim, result, now=now)
+            case Retryable(error, queue):
+                jobs.fail(
+                    session,
+                    claim,
+                    error,
+                    retry_delay_seconds=self._settings.retry_delay_seconds,
+                    now=now,
+                    queue=queue,
+                )
+            case Fatal(error):
+                jobs.fail(session, claim, error, retry_delay_seconds=self._settings.retry_delay_seconds, now=now)
+            case Canceled():
+                jobs.acknowledge_cancel(session, claim, now=now)
+            case Released():
+                jobs.release(session, claim, now=now)
+            case Superseded():
+                pass
+            case _:
+                assert_never(outcome)
+
+    def _is_alive(self) -> bool:
+        lifeline = self._lifeline
+        return lifeline is None or lifeline.is_alive
+
+
+def wanted_of(job: Job) -> Wanted:
+    """What the job asks of its picture. Its words were checked at submit."""
+    return Wanted(
+        scale=job.scale,
+        model=job.model,
+        format=job.format,
+        classify=job.classify,
+        quality=job.quality,
+        lossless=job.lossless,
+        metadata_policy=cast(Any, job.metadata_policy),
+        alpha=cast(Any, job.alpha),
+        background=job.background,
+    )
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder for one attempt's files, gone with all in it when the block ends."""
+    with tempfile.TemporaryDirectory(prefix=f"{_scratch_prefix()}{os.getpid()}-") as name:
+        yield Path(name)
+
+
+def sweep_scratch() -> int:
+    """Removes the folders of processes of this host that were killed in the middle of an attempt. Returns how many."""
+    removed = 0
+    for folder in Path(tempfile.gettempdir()).glob(f"{_scratch_prefix()}*"):
+        owner = folder.name.removeprefix(_scratch_prefix()).partition("-")[0]
+        if owner.isdigit() and not _is_running(int(owner)):
+            shutil.rmtree(folder, ignore_errors=True)
+            removed += 1
+    return removed
+
+
+def _scratch_prefix() -> str:
+    # The host's name too: containers that share a /tmp do not share process ids.
+    return f"enlarger-{socket.gethostname()}-"
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _device_name(kind: str) -> str | None:
+    """What the kernel or the driver calls the device, for people; None where they do not say."""
+    if kind == "cpu":
+        paths, pattern = [Path("/proc/cpuinfo")], r"model name\s*:\s*(.+)"
+    else:
+        paths, pattern = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")), r"Model:\s*(.+)"
+    for path in paths:
+        with contextlib.suppress(OSError):
+            if found := re.search(pattern, path.read_text()):
+                return found[1].strip()
+    return None
+
+
+def _log_broken_off(error: BaseException, outcome: Outcome) -> None:
+    what = f"{type(error).__name__}: {error}"
+    if isinstance(outcome, Retryable) and isinstance(outcome.error, InternalError):
+        log.warning("job.attempt_broken_off", error=what, exc_info=error)
+    else:
+        log.info("job.attempt_broken_off", error=what)

@@ -101,10 +101,13 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
-        """A session that only reads. On SQLite it takes no write lock, so that polls never wait for writers."""
+        """A session that only reads. On SQLite it takes no write lock, so that polls never wait for writers.
+
+        What was read can be used after the block: closing the session rolls back without emptying its rows, which an
+        explicit rollback would do.
+        """
         with _translated(), Session(self._reading_engine, expire_on_commit=False) as session:
             yield session
-            session.rollback()
 
     def ping(self) -> None:
         """One trivial statement. Raises DatabaseUnavailable."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import or_, select, update
+from sqlalchemy import delete, or_, select, update
 from sqlalchemy.orm import Session
 
 from shared.db import new_id
@@ -124,6 +124,15 @@ def due(session: Session, *, resend_after_seconds: float, now: datetime, limit: 
     return list(ids)
 
 
+def not_sent(session: Session, delivery_ids: Sequence[str]) -> None:
+    """Takes back what `due` marked: the broker refused, so there is no message to wait for."""
+    session.execute(
+        update(Delivery)
+        .where(Delivery.id.in_(delivery_ids), Delivery.state == DeliveryState.PENDING)
+        .values(published_at=None)
+    )
+
+
 def claim(session: Session, delivery_id: str, *, lease_seconds: float, now: datetime) -> DeliveryClaim | None:
     """Takes a due delivery for one try, by one UPDATE. None where it is not due, taken, done or its endpoint is off."""
     row = session.execute(
@@ -146,14 +155,15 @@ def claim(session: Session, delivery_id: str, *, lease_seconds: float, now: date
             Delivery.secret_id,
             Delivery.type,
             Delivery.payload,
-            Delivery.endpoint_id,
+            Delivery.owner_key_id,
         )
     ).one_or_none()
     if row is None:
         return None
     taken = DeliveryClaim(row.id, row.number, row.url, row.secret_id, row.type, row.payload)
-    if row.endpoint_id is not None:
-        endpoint = session.get(Endpoint, row.endpoint_id)
+    # Signed by another secret than the key's: owed to a standing endpoint, which may be gone by now.
+    if row.secret_id != row.owner_key_id:
+        endpoint = session.get(Endpoint, row.secret_id, populate_existing=True)
         if endpoint is None or endpoint.disabled_at is not None:
             abandon(session, taken, error="the endpoint is off", now=now)
             return None
@@ -222,6 +232,22 @@ def turn_off_endpoint(session: Session, claim: DeliveryClaim, *, reason: str, no
     )
 
 
+def remove_endpoint(session: Session, endpoint_id: str, *, now: datetime) -> None:
+    """Deletes a standing address. What is still owed to it is ABANDONED: its owner does not want it any more.
+
+    A try under way loses its fence. Raises NotFound.
+    """
+    session.execute(
+        update(Delivery)
+        .where(Delivery.endpoint_id == endpoint_id, Delivery.state == DeliveryState.PENDING)
+        .values(state=DeliveryState.ABANDONED, number=Delivery.number + 1, finished_at=now, lease_until=None)
+    )
+    session.execute(update(Delivery).where(Delivery.endpoint_id == endpoint_id).values(endpoint_id=None))
+    removed = session.execute(delete(Endpoint).where(Endpoint.id == endpoint_id).returning(Endpoint.id))
+    if removed.one_or_none() is None:
+        raise NotFound("There is no such endpoint.")
+
+
 def resend(session: Session, delivery_id: str, *, now: datetime) -> Delivery:
     """-> PENDING, due now, with the whole schedule again and the same `webhook-id`. Raises NotFound."""
     changed = session.execute(
@@ -245,8 +271,12 @@ def resend(session: Session, delivery_id: str, *, now: datetime) -> Delivery:
 
 
 def _endpoints(session: Session, owner_key_id: str, event_type: str) -> list[Endpoint]:
+    # Held until the caller commits: an endpoint deleted between this look and the new row, which names it, would
+    # fail the whole transaction, and with it a job's end.
     standing = session.scalars(
-        select(Endpoint).where(Endpoint.owner_key_id == owner_key_id, Endpoint.disabled_at.is_(None))
+        select(Endpoint)
+        .where(Endpoint.owner_key_id == owner_key_id, Endpoint.disabled_at.is_(None))
+        .with_for_update(read=True, key_share=True)
     )
     return [endpoint for endpoint in standing if event_type in endpoint.events]
 

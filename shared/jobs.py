@@ -619,7 +619,7 @@ def _requeue(
     changes: Mapping[str, Any],
 ) -> None:
     """RUNNING -> QUEUED. Its message is gone with the attempt, so the relay sends another once `run_after` is past."""
-    moved = session.execute(
+    session.execute(
         update(Job)
         .where(*condition)
         .values(
@@ -638,9 +638,7 @@ def _requeue(
             **changes,
         )
         .returning(Job.id)
-    ).one_or_none()
-    if moved is None:
-        raise _stale(claim)
+    ).one()  # Callers hold the row's lock and have seen that `condition` is true.
     _close_attempt(session, claim, now, outcome, error)
 
 

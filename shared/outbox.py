@@ -10,7 +10,9 @@ from __future__ import annotations
 import queue
 import secrets
 import threading
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -180,7 +182,7 @@ class Hurrier:
     def __init__(self, broker: Broker, database: Database, *, backlog: int = 1000) -> None:
         self._broker = broker
         self._database = database
-        self._waiting: queue.Queue[JobMessage] = queue.Queue(backlog)
+        self._waiting: queue.Queue[JobMessage | None] = queue.Queue(backlog)
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
 
@@ -196,19 +198,34 @@ class Hurrier:
         except queue.Full:
             log.warning("outbox.hurrier_full", job_id=message.job_id)
 
+    def close(self, *, patience_seconds: float = 15.0) -> None:
+        """Lets the thread send what waits, and ends it; gives up on it after `patience_seconds` (a dead Redis)."""
+        with self._lock:
+            thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        ends_at = time.monotonic() + patience_seconds
+        with suppress(queue.Full):
+            self._waiting.put(None, timeout=patience_seconds)
+        thread.join(max(0.0, ends_at - time.monotonic()))
+
     def _run(self) -> None:
-        while True:
-            first = self._waiting.get()
-            batch = [first]
+        ended = False
+        while not ended:
+            batch = [self._waiting.get()]
             while len(batch) < 100:
                 try:
                     batch.append(self._waiting.get_nowait())
                 except queue.Empty:
                     break
-            self._publish_all(batch)
+            messages = [message for message in batch if message is not None]
+            ended = len(messages) < len(batch)
+            self._publish_all(messages)
 
     def _publish_all(self, batch: Sequence[JobMessage]) -> None:
-        sent = []
+        sent: list[str] = []
+        if not batch:
+            return
         try:
             generation = self._broker.generation()
             for message in batch:
@@ -270,6 +287,13 @@ def relay_due(database: Database, broker: Broker, settings: Settings, *, stoppin
         sent += len(messages)
     with database.transaction() as session:
         due = deliveries.due(session, resend_after_seconds=settings.resend_after_seconds, now=clock(session))
-    for delivery_id in due:
-        broker.publish_chore(DELIVER_WEBHOOK, delivery_id)
+    # Marked first, other than jobs: a try that fails at once is due again in seconds, and a mark that came after it
+    # would hold it back.
+    for position, delivery_id in enumerate(due):
+        try:
+            broker.publish_chore(DELIVER_WEBHOOK, delivery_id)
+        except BrokerUnavailable:
+            with database.transaction() as session:
+                deliveries.not_sent(session, due[position:])
+            raise
     return sent + len(due)

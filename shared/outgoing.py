@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.parse import SplitResult, urlsplit
 
 import httpx
@@ -22,11 +23,10 @@ from shared.errors import BlockedUrl, BodyTooLarge, FetchFailed
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-# `is_global` passes addresses that carry another one inside: they lead wherever the inner one does.
+# The addresses DNS64 makes of IPv4 ones, on a network without IPv4: they lead wherever the inner one does.
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-_NAT64_LOCAL = ipaddress.IPv6Network("64:ff9b:1::/48")
-_ANSWER_BYTES_KEPT = 4096
-_CHUNK_BYTES = 64 * 1024
+# 6to4 and Teredo carry an IPv4 address too. Nobody serves pictures there any more, so none is let through.
+_TUNNELS = (ipaddress.IPv6Network("2002::/16"), ipaddress.IPv6Network("2001::/32"))
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,14 @@ class GuardedClient:
 
         Raises BlockedUrl, FetchFailed (no answer, other than 200, too slow in all), BodyTooLarge.
         """
-        ends_at = time.monotonic() + timeout_seconds
         total = 0
         with self._open("GET", url, timeout_seconds=timeout_seconds) as response:
             if response.status_code != 200:
                 raise FetchFailed(f"The source answered {response.status_code}.", status_received=response.status_code)
-            for chunk in response.iter_raw(_CHUNK_BYTES):
+            for chunk in response.iter_raw():
                 total += len(chunk)
                 if total > limit_bytes:
                     raise BodyTooLarge(f"The source is larger than {limit_bytes:,} bytes.", limit_bytes=limit_bytes)
-                if time.monotonic() > ends_at:
-                    raise FetchFailed(f"The source took longer than {timeout_seconds:g} s.")
                 file.write(chunk)
             return str(response.headers.get("content-type", ""))
 
@@ -74,10 +71,7 @@ class GuardedClient:
         """Sends a webhook. Any status is an answer; redirects are not followed. Raises BlockedUrl, FetchFailed."""
         started = time.monotonic()
         with self._open("POST", url, body=body, headers=headers, timeout_seconds=timeout_seconds) as response:
-            # The body says nothing we use; reading a little of it lets polite servers finish.
-            for read, _ in enumerate(response.iter_raw(_ANSWER_BYTES_KEPT)):
-                if read >= 1 or time.monotonic() - started > timeout_seconds:
-                    break
+            # The body says nothing we use, so it is not waited for.
             retry_after = response.headers.get("retry-after", "")
             return Answer(
                 response.status_code,
@@ -108,25 +102,38 @@ class GuardedClient:
             # A compressed answer could unfold to any size; we count the bytes we write.
             "Accept-Encoding": "identity",
         }
+        deadline = _Deadline(timeout_seconds)
         try:
             with (
+                deadline,
                 httpx.Client(
                     verify=self._ssl, trust_env=False, follow_redirects=False, timeout=timeout_seconds
                 ) as client,
                 client.stream(
-                    method, target, content=body, headers=sent_headers, extensions={"sni_hostname": host}
+                    method,
+                    target,
+                    content=body,
+                    headers=sent_headers,
+                    extensions={"sni_hostname": host, "trace": deadline.watch},
                 ) as response,
             ):
                 yield response
-        except httpx.HTTPError as error:
+        # InvalidURL stands outside httpx's tree of errors; UnicodeError is a host that no header can hold.
+        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
+            if deadline.has_passed:
+                raise FetchFailed(f"{parts.scheme}://{host} took longer than {timeout_seconds:g} s.") from error
             raise FetchFailed(f"{parts.scheme}://{host} did not answer: {type(error).__name__}.") from error
+        # A body without a length ends where the connection does, also where we have cut it.
+        if deadline.has_passed:
+            raise FetchFailed(f"{parts.scheme}://{host} took longer than {timeout_seconds:g} s.")
 
     def _resolve(self, parts: SplitResult) -> Address:
         host = parts.hostname or ""
         port = parts.port or (443 if parts.scheme == "https" else 80)
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:
+        # ValueError: a host with a NUL in it.
+        except (OSError, ValueError) as error:
             raise FetchFailed(f"The name {host} has no address.") from error
         addresses = [ipaddress.ip_address(str(entry[4][0]).split("%")[0]) for entry in found]
         for address in addresses:
@@ -142,7 +149,47 @@ class GuardedClient:
         inner = _carried(address)
         if any(address in block or inner in block for block in self._allowed):
             return True
-        return address.is_global and not address.is_multicast and inner.is_global and not inner.is_multicast
+        return _is_public(inner)
+
+
+class _Deadline:
+    """Cuts a connection at one moment, however slowly the other side trickles: httpx's timeouts are for each read."""
+
+    def __init__(self, seconds: float) -> None:
+        self.has_passed = False
+        self._connection: socket.socket | None = None
+        self._lock = threading.Lock()
+        self._timer = threading.Timer(seconds, self._cut)
+        self._timer.daemon = True
+
+    def watch(self, event_name: str, info: dict[str, Any]) -> None:
+        """httpx's `trace` extension: is told of the connection as soon as there is one."""
+        if event_name == "connection.connect_tcp.complete":
+            with self._lock:
+                # A second handle: TLS takes the first one over.
+                self._connection = info["return_value"].get_extra_info("socket").dup()
+                if self.has_passed:
+                    self._shut()
+
+    def _cut(self) -> None:
+        with self._lock:
+            self.has_passed = True
+            self._shut()
+
+    def _shut(self) -> None:
+        if self._connection is not None:
+            with suppress(OSError):
+                self._connection.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self) -> None:
+        self._timer.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
 
 
 def _split(url: str) -> SplitResult:
@@ -158,16 +205,24 @@ def _split(url: str) -> SplitResult:
     return parts
 
 
+def _is_public(address: Address) -> bool:
+    # `is_global` alone passes multicast, the old site-local block, and reserved addresses with an IPv4 one inside
+    # (::127.0.0.1).
+    return (
+        address.is_global
+        and not address.is_multicast
+        and not address.is_reserved
+        and not (isinstance(address, ipaddress.IPv6Address) and address.is_site_local)
+        and not any(address in tunnel for tunnel in _TUNNELS)
+    )
+
+
 def _carried(address: Address) -> Address:
-    """The IPv4 address inside a mapped, 6to4, Teredo or NAT64 address; otherwise the address itself."""
+    """The IPv4 address that a connection to a mapped or NAT64 address ends at; otherwise the address itself."""
     if isinstance(address, ipaddress.IPv4Address):
         return address
     if address.ipv4_mapped is not None:
         return address.ipv4_mapped
-    if address.sixtofour is not None:
-        return address.sixtofour
-    if address.teredo is not None:
-        return address.teredo[1]
-    if address in _NAT64 or address in _NAT64_LOCAL:
+    if address in _NAT64:
         return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
     return address

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Generic, TypeVar
 
-from sqlalchemy import Select, and_, func, or_, select
-from sqlalchemy.orm import Session
+from sqlalchemy import Select, and_, case, func, or_, select
+from sqlalchemy.orm import Session, aliased
 
 from shared.errors import InvalidRequest, NotFound
-from shared.models import TERMINAL_STATES, Batch, Delivery, DeliveryState, Job, JobState, Worker
+from shared.models import TERMINAL_STATES, ApiKey, Attempt, Batch, Delivery, DeliveryState, Job, JobState, Worker
 
 IMAGE_QUEUES = ("gpu.interactive", "gpu.bulk", "cpu.interactive", "cpu.bulk")
 
@@ -30,12 +31,12 @@ def job_view(job: Job, *, queue_position: int | None = None) -> dict[str, Any]:
         "device": job.running_device or job.device,
         "priority": job.priority,
         "attempt": job.attempt,
-        "created_at": _iso(job.created_at),
-        "started_at": _iso(job.started_at),
-        "finished_at": _iso(job.finished_at),
-        "expires_at": _iso(job.expires_at),
-        "deadline_at": _iso(job.deadline_at),
-        "cancel_requested_at": _iso(job.cancel_requested_at),
+        "created_at": iso(job.created_at),
+        "started_at": iso(job.started_at),
+        "finished_at": iso(job.finished_at),
+        "expires_at": iso(job.expires_at),
+        "deadline_at": iso(job.deadline_at),
+        "cancel_requested_at": iso(job.cancel_requested_at),
         "queue_position": queue_position,
         "progress": {
             "fraction": round(job.fraction, 4),
@@ -73,7 +74,8 @@ def job_view(job: Job, *, queue_position: int | None = None) -> dict[str, Any]:
     }
 
 
-def _iso(moment: datetime | None) -> str | None:
+def iso(moment: datetime | None) -> str | None:
+    """As the contract writes moments: UTC, milliseconds, `Z`."""
     return None if moment is None else moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
@@ -85,7 +87,7 @@ def batch_view(session: Session, batch: Batch) -> dict[str, Any]:
     return {
         "id": batch.id,
         "status": "completed" if batch.remaining == 0 else "running",
-        "created_at": _iso(batch.created_at),
+        "created_at": iso(batch.created_at),
         "total": batch.total,
         "remaining": batch.remaining,
         "items": [
@@ -104,9 +106,9 @@ def delivery_view(delivery: Delivery) -> dict[str, Any]:
         "endpoint_id": delivery.endpoint_id,
         "url": delivery.url,
         "status": str(delivery.state),
-        "created_at": _iso(delivery.created_at),
-        "next_try_at": _iso(delivery.due_at) if delivery.state == DeliveryState.PENDING else None,
-        "finished_at": _iso(delivery.finished_at),
+        "created_at": iso(delivery.created_at),
+        "next_try_at": iso(delivery.due_at) if delivery.state == DeliveryState.PENDING else None,
+        "finished_at": iso(delivery.finished_at),
         "tries": list(delivery.tries),
     }
 
@@ -119,6 +121,25 @@ def owned_job(session: Session, job_id: str, owner_key_id: str) -> Job:
     return job
 
 
+def any_job(session: Session, job_id: str) -> Job:
+    """The job, whoever owns it: the operator's look. Raises NotFound."""
+    job = session.get(Job, job_id)
+    if job is None:
+        raise NotFound("There is no such job.")
+    return job
+
+
+def attempts(session: Session, job_id: str) -> Sequence[Attempt]:
+    """Every attempt at the job, newest first."""
+    return session.scalars(select(Attempt).where(Attempt.job_id == job_id).order_by(Attempt.number.desc())).all()
+
+
+def key_names(session: Session, key_ids: Iterable[str]) -> dict[str, str]:
+    """The names of these keys, by id."""
+    found = session.execute(select(ApiKey.id, ApiKey.name).where(ApiKey.id.in_(set(key_ids))))
+    return {row.id: row.name for row in found}
+
+
 def queue_position(session: Session, job: Job) -> int | None:
     """1 for the queued job that is next on its queue; None for a job that is not queued."""
     if job.state != JobState.QUEUED:
@@ -127,6 +148,41 @@ def queue_position(session: Session, job: Job) -> int | None:
         select(func.count()).where(Job.state == JobState.QUEUED, Job.queue == job.queue, Job.id < job.id)
     )
     return (ahead or 0) + 1
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """The few columns a watcher of a job compares with those it saw last."""
+
+    version: int
+    state: JobState
+    is_canceling: bool
+    queue_position: int | None
+
+    @property
+    def is_finished(self) -> bool:
+        return self.state in TERMINAL_STATES
+
+
+def pulse(session: Session, job_id: str, owner_key_id: str) -> Pulse:
+    """One SELECT, whatever the queue's length. Raises NotFound as `owned_job` does."""
+    other = aliased(Job)
+    ahead = (
+        select(func.count())
+        .where(other.state == JobState.QUEUED, other.queue == Job.queue, other.id < Job.id)
+        .scalar_subquery()
+    )
+    row = session.execute(
+        select(
+            Job.version,
+            Job.state,
+            Job.cancel_requested_at,
+            case((Job.state == JobState.QUEUED, ahead + 1)).label("queue_position"),
+        ).where(Job.id == job_id, Job.owner_key_id == owner_key_id)
+    ).one_or_none()
+    if row is None:
+        raise NotFound("There is no such job.")
+    return Pulse(row.version, JobState(row.state), row.cancel_requested_at is not None, row.queue_position)
 
 
 @dataclass(frozen=True)
@@ -200,7 +256,11 @@ def _page(rows: Sequence[RowT], limit: int) -> Page[RowT]:
 
 def _read_cursor(cursor: str) -> str:
     try:
-        return base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode("ascii")
+        row_id = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode("ascii")
+        # PostgreSQL refuses NUL with an error of its own.
+        if not row_id.isprintable():
+            raise ValueError("not an id")
+        return row_id
     except (binascii.Error, ValueError) as error:
         raise InvalidRequest(
             "The cursor is not one this list gave out; start without it.", parameter="cursor"
@@ -226,11 +286,12 @@ def queue_depths(session: Session, *, worker_lost_after_seconds: float, now: dat
             .group_by(Job.queue)
         )
     }
-    running: dict[str, int] = dict(
-        session.execute(select(Job.queue, func.count()).where(Job.state == JobState.RUNNING).group_by(Job.queue))
-        .tuples()
-        .all()
-    )
+    running = {
+        row.queue: row.running
+        for row in session.execute(
+            select(Job.queue, func.count().label("running")).where(Job.state == JobState.RUNNING).group_by(Job.queue)
+        )
+    }
     workers = live_workers(session, worker_lost_after_seconds=worker_lost_after_seconds, now=now)
     return [
         QueueDepth(
@@ -264,7 +325,8 @@ def recent_workers(session: Session, *, now: datetime, within_seconds: float = 8
 
 def counts_by_state(session: Session) -> dict[str, int]:
     """How many jobs stand in each state; every state is named."""
-    found = dict(session.execute(select(Job.state, func.count()).group_by(Job.state)).tuples().all())
+    rows = session.execute(select(Job.state, func.count().label("jobs")).group_by(Job.state))
+    found = {row.state: row.jobs for row in rows}
     return {str(state): found.get(state, 0) for state in JobState}
 
 
@@ -311,7 +373,7 @@ def run_history(session: Session, model: str, *, sample: int = 200) -> RunHistor
 
 def percentile(ordered: Sequence[float], share: float) -> float:
     """Nearest-rank percentile of values in ascending order."""
-    return ordered[min(len(ordered) - 1, max(0, round(share * len(ordered) + 0.5) - 1))]
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
 def deliveries_pending(session: Session) -> int:

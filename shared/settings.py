@@ -6,13 +6,15 @@ that holds the value (for secrets). `docs/settings.md` is generated from this cl
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 ENV_PREFIX = "ENLARGER_"
 
@@ -20,13 +22,28 @@ ENV_PREFIX = "ENLARGER_"
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="ignore")
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003  (pydantic-settings gives all five)
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # Settings made in code are what the code says; only `load` looks at the environment.
+        return (init_settings,)
+
     # Where things are.
     data_dir: Path = Field(Path(".enlarger"), description="Folder of the embedded stack: SQL file, blobs, logs, keys.")
     database_url: str = Field(
         "",
+        repr=False,  # may carry a password
         description="SQLAlchemy URL; empty is SQLite in `data_dir`. PostgreSQL: `postgresql+psycopg://user:password@host/name`.",
     )
-    redis_url: str = Field("redis://127.0.0.1:6379/0", description="Redis that carries messages; holds no truth.")
+    redis_url: str = Field(
+        "redis://127.0.0.1:6379/0", repr=False, description="Redis that carries messages; holds no truth."
+    )
     storage_endpoint_url: str = Field("", description="S3 endpoint; empty is AWS. The embedded stack fills it in.")
     storage_public_url: str = Field(
         "", description="The S3 address clients reach, for which links are signed; empty is `storage_endpoint_url`."
@@ -135,13 +152,48 @@ class Settings(BaseSettings):
 
 
 def load(environ: Mapping[str, str] = os.environ) -> Settings:
-    """Settings from the environment. `ENLARGER_X_FILE=path` stands for `ENLARGER_X=<what the file holds>`.
+    """Settings from the environment. `ENLARGER_X_FILE=path` stands for `ENLARGER_X=<what the file holds>` and wins.
 
-    Raises pydantic.ValidationError naming each variable that is wrong.
+    Raises pydantic.ValidationError naming each setting that is wrong, OSError where a named file cannot be read.
     """
-    from_files = {}
+    given = dict(environ)
     for name in Settings.model_fields:
-        path = environ.get(f"{ENV_PREFIX}{name.upper()}_FILE")
+        variable = ENV_PREFIX + name.upper()
+        path = given.get(f"{variable}_FILE")
         if path:
-            from_files[name] = Path(path).read_text().strip()
-    return Settings(**from_files)  # type: ignore[arg-type]
+            given[variable] = Path(path).read_text().strip()
+    source = EnvSettingsSource(Settings)
+    source.env_vars = {name.lower(): value for name, value in given.items()}
+    return Settings(**source())
+
+
+def table() -> str:
+    """`docs/settings.md`: every variable, its default and its sentence, in Markdown."""
+    lines = [
+        "# Settings",
+        "",
+        "Printed by `python -m shared.settings`; the words are those of `shared/settings.py`. Every variable can also",
+        f"be given as a file: with `{ENV_PREFIX}SECRET_KEY_FILE=/run/secrets/key` that file holds what",
+        f"`{ENV_PREFIX}SECRET_KEY` would.",
+        "",
+        "| variable | default | what it is |",
+        "| --- | --- | --- |",
+    ]
+    for name, declared in Settings.model_fields.items():
+        choices = get_args(declared.annotation) if get_origin(declared.annotation) is Literal else ()
+        one_of = f" One of {', '.join(f'`{choice}`' for choice in choices)}." if choices else ""
+        default = _shown(declared.default)
+        lines.append(f"| `{ENV_PREFIX}{name.upper()}` | {default} | {declared.description}{one_of} |")
+    return "\n".join(lines) + "\n"
+
+
+def _shown(default: Any) -> str:
+    """A default as one would write it in the variable."""
+    if default in ("", ()):
+        return "(empty)"
+    written = str(default) if isinstance(default, str | Path) else json.dumps(default)
+    return f"`{written}`"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(table())

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.parse import quote
 
 import boto3
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+from s3transfer.exceptions import RetriesExceededError
 
 from shared.errors import BlobMissing, StorageUnavailable
 from shared.settings import Settings
@@ -90,10 +91,13 @@ class Storage:
     def put(
         self, key: str, file: BinaryIO, content_type: str, *, on_bytes: Callable[[int], None] | None = None
     ) -> None:
-        """Stores what `file` holds from where it stands. `on_bytes` hears of each chunk sent, from other threads."""
+        """Stores what `file` holds from where it stands, and leaves it open.
+
+        `on_bytes` hears of each chunk sent, from other threads.
+        """
         with _translated(key):
             self._client.upload_fileobj(
-                file,
+                _LeftOpen(file),
                 self.bucket,
                 key,
                 ExtraArgs={"ContentType": content_type},
@@ -169,6 +173,19 @@ class Storage:
         self._signer.close()
 
 
+class _LeftOpen:
+    """A file that boto3 cannot close, as it does with what it has sent: the file is the caller's."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
 def content_disposition(disposition: str, file_name: str) -> str:
     """RFC 6266: an ASCII name for old clients and the true one, percent-encoded, for all others."""
     plain = "".join(c if c.isascii() and (c.isalnum() or c in "._- ") else "_" for c in file_name) or "picture"
@@ -184,5 +201,5 @@ def _translated(key: str = "") -> Iterator[None]:
         if code in _MISSING_CODES:
             raise BlobMissing("There is no such blob.", key=key) from error
         raise StorageUnavailable(f"Object storage refused: {code}.", retry_after_seconds=5) from error
-    except (BotoCoreError, boto3.exceptions.Boto3Error, OSError) as error:
+    except (BotoCoreError, boto3.exceptions.Boto3Error, RetriesExceededError, OSError) as error:
         raise StorageUnavailable("Object storage does not answer.", retry_after_seconds=5) from error

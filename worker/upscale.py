@@ -29,6 +29,8 @@ OnTile = Callable[[int, int], None]
 LARGEST_SCALE = 16
 SECONDS_PER_TILE = 5.0
 """Progress renews a lease, and progress is a finished tile: the lease is several times this."""
+LEAST_KEPT_PX = 96
+"""Side of what a tile keeps, below which time is no reason to cut it smaller."""
 TILE_MEMORY_BYTES = 1_000_000_000
 
 FLAT_INPUT_RANGE = 16 / 255
@@ -157,7 +159,9 @@ def _plan_pass(network: Network, width: int, height: int, tile_px: int, memory_b
     if tile_px:
         return plan(width, height, halo_px=network.halo_px, tile_px=tile_px)
     by_memory = (memory_bytes - network.fixed_bytes) // network.bytes_per_px
-    by_time = int(network.pixels_per_second() * SECONDS_PER_TILE)
+    # However slow the device was when it was measured, a tile is not cut so small that it is nearly all halo: at a busy
+    # moment a 256 px picture once became 56 tiles and twelve times the work.
+    by_time = max(int(network.pixels_per_second() * SECONDS_PER_TILE), (LEAST_KEPT_PX + 2 * network.halo_px) ** 2)
     # A picture cut in two is a third more work. One that takes a little longer than a tile should stays whole, even if
     # the speed was measured at a busy moment; twice as long is still half a lease.
     if width * height <= 2 * by_time:

@@ -610,6 +610,15 @@ def test_a_picture_stays_whole_up_to_twice_the_time_of_a_tile(srgan_of_known_spe
     assert plan_work(srgan_of_known_speed, 256, 256, 4).tile_count > 1
 
 
+def test_a_device_that_seems_very_slow_is_not_given_tiles_that_are_nearly_all_halo(
+    srgan_of_known_speed: OfKnownSpeed,
+) -> None:
+    srgan_of_known_speed.known = 100.0
+    work = plan_work(srgan_of_known_speed, 256, 256, 4)
+    assert work.tile_count <= 6
+    assert work.waste < 3
+
+
 @pytest.mark.parametrize(("width", "height"), [(1000, 700), (4000, 3000), (20_000, 300)])
 def test_no_tile_takes_longer_than_a_lease_can_wait_or_more_than_its_memory(
     srgan_of_known_speed: Network, width: int, height: int

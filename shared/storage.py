@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, BinaryIO
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import boto3
 from boto3.s3.transfer import TransferConfig
@@ -25,6 +25,7 @@ from shared.settings import Settings
 # Below this one PUT; above, a multipart upload whose parts go up while the next is read.
 MULTIPART_BYTES = 16 * 1024 * 1024
 STREAM_CHUNK_BYTES = 256 * 1024
+_THIS_MACHINE = frozenset({"localhost", "127.0.0.1", "::1"})
 _MISSING_CODES = frozenset({"404", "NoSuchKey", "NotFound"})
 
 
@@ -56,6 +57,8 @@ class Storage:
             # Other servers than AWS do not all know the newer trailing checksums.
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
+            # A proxy for the world outside knows nothing of this machine; None is what the environment says.
+            proxies={} if urlsplit(settings.storage_endpoint_url).hostname in _THIS_MACHINE else None,
         )
 
         client = partial(

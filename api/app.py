@@ -1,0 +1,134 @@
+"""The API process: the one place where its parts are put together."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from datetime import timedelta
+from urllib.parse import urlsplit
+
+import structlog
+from flask import Flask, Response, g, request
+from werkzeug.middleware.proxy_fix import ProxyFix
+
+from api import dashboard, health, openapi, problems, v1, web
+from api.context import Context, Seats
+from api.limits import RateLimits
+from shared import settings as settings_module
+from shared.db import Database
+from shared.outbox import Broker, Hurrier
+from shared.outgoing import GuardedClient
+from shared.settings import Settings
+from shared.storage import Storage
+from shared.telemetry import configure_logs, log
+
+# What a form has around its picture: part headers and the other fields.
+FORM_OVERHEAD_BYTES = 1024 * 1024
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+# Asked every few seconds by machines: their answers would bury the log.
+_UNLOGGED = frozenset({"health.livez", "health.readyz", "health.metrics", "static"})
+
+
+def create_app(settings: Settings | None = None) -> Flask:
+    """The WSGI application. Connects to nothing until the first request; `app.extensions["enlarger"]` is its Context.
+
+    Raises ValueError where there is no secret key: sessions and webhook signatures would be anybody's to forge.
+    """
+    if settings is None:
+        settings = settings_module.load()
+        configure_logs(settings.log_level, settings.log_format)
+    if not settings.secret_key:
+        raise ValueError("ENLARGER_SECRET_KEY is not set; any 32 random characters will do, the same on every host.")
+    database = Database(settings.sqlalchemy_url)
+    broker = Broker(settings)
+    context = Context(
+        settings=settings,
+        database=database,
+        storage=Storage(settings),
+        broker=broker,
+        hurrier=Hurrier(broker, database),
+        outgoing=GuardedClient(settings.allow_private_addresses),
+        seats=Seats(settings.api_threads),
+        limits=RateLimits(settings),
+    )
+    app = Flask("api")
+    app.config.update(
+        SECRET_KEY=settings.secret_key,
+        # A batch sends each picture as a part, and a few fields beside them.
+        MAX_FORM_PARTS=settings.max_batch_items + 100,
+        MAX_CONTENT_LENGTH=settings.max_upload_bytes + FORM_OVERHEAD_BYTES,
+        SESSION_COOKIE_NAME="enlarger",
+        SESSION_COOKIE_HTTPONLY=True,
+        SESSION_COOKIE_SAMESITE="Lax",
+        SESSION_COOKIE_SECURE=settings.cookie_secure,
+        PERMANENT_SESSION_LIFETIME=timedelta(seconds=settings.session_seconds),
+    )
+    app.json.sort_keys = False  # type: ignore[attr-defined]  # the provider Flask makes has it
+    app.extensions["enlarger"] = context
+    problems.install(app)
+    app.before_request(_begin)
+    app.after_request(_Finish(settings))
+    app.register_blueprint(v1.blueprint(context))
+    app.register_blueprint(health.blueprint(context))
+    app.register_blueprint(openapi.blueprint(v1.HANDLERS))
+    app.register_blueprint(web.blueprint(context))
+    app.register_blueprint(dashboard.blueprint(context))
+    if settings.trusted_proxies:
+        hops = settings.trusted_proxies
+        app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops, x_host=hops)  # type: ignore[method-assign]
+    return app
+
+
+def _begin() -> None:
+    """Names the request: by the id the client sent, where it is harmless, else by a fresh one."""
+    sent = request.headers.get("X-Request-Id", "")
+    g.request_id = sent if _REQUEST_ID.fullmatch(sent) else secrets.token_hex(16)
+    g.began_at = time.perf_counter()
+    structlog.contextvars.clear_contextvars()
+    structlog.contextvars.bind_contextvars(request_id=g.request_id)
+
+
+class _Finish:
+    """Headers of every answer, and its line in the log."""
+
+    def __init__(self, settings: Settings) -> None:
+        # Pictures come from storage, by redirect: another origin, as the browser sees it.
+        address = urlsplit(settings.storage_public_url or settings.storage_endpoint_url)
+        storage = f" {address.scheme}://{address.netloc}" if address.netloc else " https:"
+        self._page_policy = "; ".join(
+            (
+                "default-src 'self'",
+                f"img-src 'self' data: blob:{storage}",
+                f"connect-src 'self'{storage}",
+                "object-src 'none'",
+                "base-uri 'none'",
+                "form-action 'self'",
+                "frame-ancestors 'none'",
+            )
+        )
+
+    def __call__(self, response: Response) -> Response:
+        headers = response.headers
+        headers["X-Request-Id"] = g.get("request_id", "")
+        headers["X-Content-Type-Options"] = "nosniff"
+        headers.setdefault("Referrer-Policy", "same-origin")
+        is_page = response.mimetype == "text/html"
+        if request.endpoint != "static":
+            strict = "default-src 'none'; frame-ancestors 'none'"
+            headers.setdefault("Content-Security-Policy", self._page_policy if is_page else strict)
+            headers.setdefault("Cache-Control", "no-store")
+        allowance = g.get("allowance")
+        if allowance is not None:
+            headers.update(allowance.headers())
+        if request.endpoint not in _UNLOGGED:
+            caller = g.get("caller")
+            log.info(
+                "http.answered",
+                method=request.method,
+                path=request.path,
+                status=response.status_code,
+                seconds=round(time.perf_counter() - g.began_at, 4) if "began_at" in g else None,
+                key_id=None if caller is None else caller.key_id,
+            )
+        return response

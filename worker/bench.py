@@ -28,6 +28,8 @@ from worker.networks import Network, load
 from worker.upscale import enlarge, plan_work, prepare_process
 
 LONGEST_JOB_SECONDS = 600.0
+TILED_SIZES = ((512, 512), (1024, 768), (4000, 3000))
+"""Pictures whose plan is shown: at this machine's speed they are cut."""
 
 
 def measure(
@@ -86,6 +88,11 @@ def measure(
         "side_px": side_px,
         "rounds": rounds,
         "tiles": plan_work(network, side_px, side_px, network.scale).tile_count,
+        # Multiply-adds done over needed: what the halos cost.
+        "waste": {
+            f"{width}x{height}": round(plan_work(network, width, height, network.scale).waste, 3)
+            for width, height in TILED_SIZES
+        },
         **measured,
         "machine": {
             "cpu": _processor(),

@@ -269,6 +269,8 @@ def bench(rounds: int, side_px: int, as_json: bool) -> None:
         click.echo(f"  {form['what']:<46} {form['seconds']:7.3f} s   {form['over_bare']:5.2f} x bare")
     phases = ", ".join(f"{phase} {seconds * 1000:.0f}" for phase, seconds in measured["job"]["phases_seconds"].items())
     click.echo(f"  of the job, in ms: {phases}")
+    waste = ", ".join(f"{size} {factor:.2f}" for size, factor in measured["waste"].items())
+    click.echo(f"  work done over work needed, tiled: {waste}")
 
 
 def _count(shown: Bars, task: TaskID, done: int, total: int) -> None:

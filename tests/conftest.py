@@ -1,0 +1,431 @@
+"""What tests stand on: real servers, started once a session and cleaned between tests, and one HTTP receiver.
+
+A test names what it needs. `settings` then points at exactly the servers that the test has asked for (by `database`,
+`redis_url` or `storage`); everything started here is stopped when the session ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import redis
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
+from sqlalchemy import text
+from sqlalchemy.engine import make_url
+
+import migrations
+from shared.db import Database, Row
+from shared.servers import Server, free_port, start_postgresql, start_redis, start_s3
+from shared.settings import Settings
+from shared.stack import Stack
+from shared.storage import Storage
+
+# Examples are the same in every run and take the time they take: a red test means the code, not the machine.
+hypothesis_settings.register_profile(
+    "enlarger",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+hypothesis_settings.load_profile("enlarger")
+
+S3_ACCESS_KEY, S3_SECRET_KEY, S3_BUCKET = "tests", "tests-secret-key", "enlarger-tests"
+
+
+def wait_until(condition: Callable[[], Any], *, seconds: float, what: str) -> Any:
+    """The first true value of `condition`; fails, saying `what` was waited for, when `seconds` have passed."""
+    ends_at = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > ends_at:
+            pytest.fail(f"waited {seconds:g} s for {what}")
+        threading.Event().wait(0.02)
+
+
+@pytest.fixture
+def now() -> datetime:
+    """The moment at which tests begin; they move it instead of sleeping."""
+    return datetime(2026, 3, 4, 5, 6, 7, 891234, UTC)
+
+
+@pytest.fixture
+def samples() -> Path:
+    """The folder of sample pictures that ENLARGER_SAMPLES names; without it the test is skipped."""
+    named = os.environ.get("ENLARGER_SAMPLES")
+    if not named:
+        pytest.skip("ENLARGER_SAMPLES names no folder of sample pictures")
+    return Path(named)
+
+
+# --- SQL ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def postgresql_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with start_postgresql(tmp_path_factory.mktemp("postgresql")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def _migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sqlite") / "migrated.db"
+    migrations.upgrade(f"sqlite:///{path}")
+    # Everything into the one file, so that a plain copy of it is a whole database.
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    return path
+
+
+@pytest.fixture(scope="session")
+def _migrated_postgresql(postgresql_server: Server) -> Iterator[Database]:
+    """One for all tests: an engine remembers the statements it has compiled, which takes longer than to run them."""
+    with new_postgresql_database(postgresql_server.url, "enlarger_tests") as url:
+        migrations.upgrade(url)
+        made = Database(url)
+        yield made
+        made.close()
+
+
+@contextmanager
+def new_postgresql_database(server_url: str, name: str) -> Iterator[str]:
+    """An empty database of that name; dropped at the end."""
+    server = Database(server_url)
+    outside = server.engine.execution_options(isolation_level="AUTOCOMMIT")
+    try:
+        with outside.connect() as connection:
+            connection.execute(text(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)'))
+            connection.execute(text(f'CREATE DATABASE "{name}"'))
+        yield make_url(server_url).set(database=name).render_as_string(hide_password=False)
+        with outside.connect() as connection:
+            connection.execute(text(f'DROP DATABASE "{name}" WITH (FORCE)'))
+    finally:
+        server.close()
+
+
+def _sqlite_database(request: pytest.FixtureRequest, tmp_path: Path) -> Database:
+    path = tmp_path / "enlarger.db"
+    shutil.copyfile(request.getfixturevalue("_migrated_sqlite"), path)
+    return Database(f"sqlite:///{path}")
+
+
+def _empty_tables(database: Database) -> None:
+    # DELETE and not TRUNCATE: a few rows go in a few ms, a truncation writes new files.
+    with database.transaction() as session:
+        for table in reversed(Row.metadata.sorted_tables):
+            session.execute(table.delete())
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
+    """A database with the schema the migrations make and no rows; the test runs once on each kind."""
+    if request.param == "sqlite":
+        made = _sqlite_database(request, tmp_path)
+    else:
+        made = request.getfixturevalue("_migrated_postgresql")
+        _empty_tables(made)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def sqlite_database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
+    """As `database`, SQLite only: for tests in which the kind cannot matter."""
+    made = _sqlite_database(request, tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def postgresql_database(_migrated_postgresql: Database) -> Iterator[Database]:
+    """As `database`, PostgreSQL only: for races that SQLite's one writer cannot have."""
+    _empty_tables(_migrated_postgresql)
+    yield _migrated_postgresql
+    _migrated_postgresql.close()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The URL of a database without any table."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'empty.db'}"
+    else:
+        with new_postgresql_database(request.getfixturevalue("postgresql_server").url, "enlarger_empty") as url:
+            yield url
+
+
+# --- Redis and S3 ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with start_redis(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture
+def redis_url(redis_server: Server) -> str:
+    """The address of an empty Redis."""
+    with closing(redis.Redis.from_url(redis_server.url)) as client:
+        client.flushall()
+    return str(redis_server.url)
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with start_s3(tmp_path_factory.mktemp("s3"), S3_BUCKET, S3_ACCESS_KEY, S3_SECRET_KEY) as server:
+        yield server
+
+
+@pytest.fixture
+def storage(s3: Server, settings: Settings) -> Iterator[Storage]:
+    """The test bucket, empty."""
+    made = Storage(settings)
+    made.remove("")
+    yield made
+    made.close()
+
+
+# --- settings -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Settings:
+    """Settings that name the servers this test asked for; what it did not ask for is an address where nothing is."""
+    values: dict[str, Any] = {
+        "data_dir": tmp_path,
+        "secret_key": "a secret key for tests only",
+        "redis_url": f"redis://127.0.0.1:{closed_port()}/0",
+        "storage_endpoint_url": f"http://127.0.0.1:{closed_port()}",
+        "storage_access_key": S3_ACCESS_KEY,
+        "storage_secret_key": S3_SECRET_KEY,
+        "storage_bucket": S3_BUCKET,
+        "log_format": "text",
+    }
+    wanted = set(request.fixturenames)
+    for name in ("database", "sqlite_database", "postgresql_database"):
+        if name in wanted:
+            values["database_url"] = request.getfixturevalue(name).url.render_as_string(hide_password=False)
+    if "redis_url" in wanted:
+        values["redis_url"] = request.getfixturevalue("redis_url")
+    if "s3" in wanted:
+        values["storage_endpoint_url"] = request.getfixturevalue("s3").url
+    return Settings(**values)
+
+
+def closed_port() -> int:
+    """A port of 127.0.0.1 on which nothing listens: connecting to it is refused."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+# --- the other end of webhooks and source URLs ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Received:
+    """One request as it came in."""
+
+    method: str
+    path: str
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+@dataclass
+class Reply:
+    """What the receiver says: a status, headers, a body."""
+
+    status: int = 204
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes = b""
+
+
+class Receiver:
+    """A real HTTP server of the loopback. Records every request; answers `pages[path]`, else what `replies` says
+    next, else 204."""
+
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        self.requests: list[Received] = []
+        self.replies: list[Reply] = []
+        self.pages: dict[str, Reply] = {}
+        self._changed = threading.Condition()
+        receiver = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def answer(self) -> None:
+                body = self.rfile.read(int(self.headers.get("content-length", 0)))
+                reply = receiver._take(Received(self.command, self.path, dict(self.headers.items()), body))
+                self.send_response(reply.status)
+                for name, value in reply.headers.items():
+                    self.send_header(name, value)
+                if reply.status >= 200 and reply.status not in (204, 304):
+                    self.send_header("Content-Length", str(len(reply.body)))
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(reply.body)
+
+            do_GET = do_POST = do_PUT = do_HEAD = answer
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer((host, 0), Handler)
+        # A client that keeps its connection open must not hold up the end of the test.
+        self._server.daemon_threads = True
+        self._server.block_on_close = False
+        self.port: int = self._server.server_address[1]
+        self.url = f"http://{host}:{self.port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), name="receiver")
+        self._thread.start()
+
+    def _take(self, request: Received) -> Reply:
+        with self._changed:
+            self.requests.append(request)
+            self._changed.notify_all()
+            if request.path in self.pages:
+                return self.pages[request.path]
+            return self.replies.pop(0) if self.replies else Reply()
+
+    def wait_for(
+        self, count: int = 1, *, seconds: float = 30, where: Callable[[Received], bool] = lambda _: True
+    ) -> list[Received]:
+        """The first requests for which `where` holds, once there are `count` of them; fails after `seconds`."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: len([r for r in self.requests if where(r)]) >= count, seconds):
+                seen = [f"{r.method} {r.path}" for r in self.requests]
+                pytest.fail(f"waited {seconds:g} s for {count} requests; got {seen}")
+            return [r for r in self.requests if where(r)]
+
+    def __enter__(self) -> Receiver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with Receiver() as made:
+        yield made
+
+
+# --- the whole service ----------------------------------------------------------------------------------------------
+
+
+class Service:
+    """A customer of a running service, over HTTP and nothing else."""
+
+    def __init__(self, url: str, api_key: str) -> None:
+        self.http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {api_key}"}, timeout=60)
+
+    def submit(self, picture: bytes, **asked: Any) -> dict[str, Any]:
+        """Hands a picture in, as a form; returns the job. Fails on any answer but 202."""
+        fields = {name: json.dumps(value) if isinstance(value, bool) else value for name, value in asked.items()}
+        answer = self.http.post("/v1/jobs", files={"image": ("picture.png", picture, "image/png")}, data=fields)
+        assert answer.status_code == 202, answer.text
+        job: dict[str, Any] = answer.json()
+        assert answer.headers["Location"] == f"/v1/jobs/{job['id']}"
+        return job
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        answer = self.http.get(f"/v1/jobs/{job_id}")
+        assert answer.status_code == 200, answer.text
+        job: dict[str, Any] = answer.json()
+        return job
+
+    def wait(
+        self,
+        job_id: str,
+        *,
+        seconds: float = 120,
+        until: Callable[[dict[str, Any]], Any] = lambda job: job["finished_at"],
+    ) -> dict[str, Any]:
+        """Polls until the job has finished, or `until` holds; returns it."""
+
+        def looked() -> dict[str, Any] | None:
+            job = self.job(job_id)
+            return job if until(job) else None
+
+        found: dict[str, Any] = wait_until(looked, seconds=seconds, what=f"{job_id} to come where it should")
+        return found
+
+    def result(self, job_id: str) -> bytes:
+        answer = self.http.get(f"/v1/jobs/{job_id}/result", follow_redirects=True)
+        assert answer.status_code == 200, answer.text
+        return answer.content
+
+
+# Short lives, so that what dies is missed within seconds; small tiles, so that even a busy machine shows progress well
+# within a lease and a job of a few hundred px a side runs long enough to be met in the middle.
+STACK_SETTINGS: dict[str, Any] = {
+    "lease_seconds": 5.0,
+    "lease_renew_seconds": 0.5,
+    "rescue_interval_seconds": 0.2,
+    "relay_interval_seconds": 0.2,
+    "retry_delay_seconds": 0.2,
+    "resend_after_seconds": 3.0,
+    "sweep_interval_seconds": 1.0,
+    "event_poll_seconds": 0.05,
+    "tile_px": 24,
+    # Two, so that one can be stopped or killed while the other goes on.
+    "worker_concurrency": 2,
+    "log_format": "text",
+    # The tests' own receivers.
+    "allow_private_addresses": ("127.0.0.0/8",),
+}
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """The whole embedded service, in processes of its own: Redis, S3, SQL, API, image worker, chores and relay.
+
+    Whoever kills a part of it waits until the supervisor has it back.
+    """
+    settings = Settings(data_dir=tmp_path_factory.mktemp("stack"), **STACK_SETTINGS)
+    with Stack(settings, port=free_port()) as running:
+        yield running
+
+
+@pytest.fixture
+def service(stack: Stack) -> Iterator[Service]:
+    """A customer of `stack`, with its own key."""
+    made = Service(stack.url, stack.api_key)
+    yield made
+    made.http.close()
+
+
+@pytest.fixture
+def stack_database(stack: Stack) -> Iterator[Database]:
+    """The database of `stack`: what its processes see."""
+    made = Database(stack.settings.sqlalchemy_url)
+    yield made
+    made.close()

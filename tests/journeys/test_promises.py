@@ -1,0 +1,284 @@
+"""First tests of the promises: what is killed, frozen or raced against loses nothing and takes effect once.
+
+Each breaks the running service from outside, by signals alone. Leases here last seconds (`STACK_SETTINGS`), so that
+rescue can be waited for; the long harness with its hundreds of kills is another one.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import select
+
+from shared.db import Database
+from shared.models import Attempt, Job, JobState, Worker
+from shared.stack import Stack
+from shared.storage import Storage
+from tests.conftest import STACK_SETTINGS, Receiver, Service, wait_until
+from tests.journeys.test_main_job import of_type, photograph
+
+LEASE_SECONDS = STACK_SETTINGS["lease_seconds"]
+# A machine with other things to do may take several times as long as a quiet one.
+PATIENCE_SECONDS = 120
+
+
+def worker_of(database: Database, job_id: str) -> Worker | None:
+    """The row of the image process that holds this job now; None while it waits."""
+    with database.reading() as session:
+        return session.scalar(
+            select(Worker)
+            .join(Job, Job.worker_id == Worker.id)
+            .where(Job.id == job_id, Job.state == JobState.RUNNING, Worker.current_job_id == job_id)
+        )
+
+
+def attempts(database: Database, job_id: str) -> list[tuple[int, str | None]]:
+    with database.reading() as session:
+        rows = session.execute(
+            select(Attempt.number, Attempt.outcome).where(Attempt.job_id == job_id).order_by(Attempt.number)
+        )
+        return [(row.number, row.outcome) for row in rows]
+
+
+def live_image_processes(database: Database, stack: Stack) -> list[int]:
+    """Process ids of enlisted image processes that there still are."""
+    with database.reading() as session:
+        pids = session.scalars(select(Worker.pid).where(Worker.kind == "images", Worker.stopped_at.is_(None))).all()
+    return [pid for pid in pids if is_child_of(pid, stack.process("images").pid)]
+
+
+def is_child_of(pid: int, group: int) -> bool:
+    try:
+        return os.getpgid(pid) == group
+    except ProcessLookupError:
+        return False
+
+
+@pytest.fixture
+def whole(stack: Stack, stack_database: Database) -> Iterator[None]:
+    """What a test has broken is whole again before the next one begins."""
+    yield
+    wait_until(
+        lambda: len(live_image_processes(stack_database, stack)) == STACK_SETTINGS["worker_concurrency"],
+        seconds=PATIENCE_SECONDS,
+        what="the image processes to be back",
+    )
+
+
+def running(job: dict[str, Any]) -> bool:
+    """In the middle: something is done, and much is not."""
+    return job["status"] == "running" and 0.02 < job["progress"]["fraction"] < 0.7
+
+
+@contextmanager
+def frozen(pid: int) -> Iterator[None]:
+    """The process is stopped as by a debugger: its connections stay open and say nothing."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def test_g1_a_job_whose_process_is_killed_starts_again_and_succeeds(
+    stack: Stack, service: Service, stack_database: Database, receiver: Receiver, whole: None
+) -> None:
+    job = service.submit(photograph(160, 120), webhook_url=receiver.url)
+    service.wait(job["id"], until=running)
+    worker = worker_of(stack_database, job["id"])
+    assert worker is not None
+
+    # The control: without the relay, and so without rescue, the job would be lost for good.
+    stack.hold("relay")
+    killed_at = time.monotonic()
+    os.kill(worker.pid, signal.SIGKILL)
+    wait_until(lambda: time.monotonic() - killed_at > LEASE_SECONDS + 1, seconds=60, what="the lease to pass")
+    lost = service.job(job["id"])
+    assert (lost["status"], lost["attempt"]) == ("running", 1), "nobody has noticed"
+    stack.release("relay")
+
+    done = service.wait(job["id"], seconds=PATIENCE_SECONDS)
+    assert (done["status"], done["attempt"]) == ("succeeded", 2)
+    assert attempts(stack_database, job["id"]) == [(1, "lost"), (2, "succeeded")]
+    assert len(service.result(job["id"])) == done["result"]["bytes"]
+    assert len(receiver.wait_for(where=of_type("job.succeeded"))) == 1
+
+
+def test_g1_nothing_is_lost_when_everything_is_killed(
+    stack: Stack, service: Service, stack_database: Database, receiver: Receiver, whole: None
+) -> None:
+    submitted = [service.submit(photograph(72, 48), webhook_url=receiver.url)["id"] for _ in range(8)]
+    service.wait(submitted[0], until=lambda job: job["status"] != "queued")
+    for name in ("redis", "images", "relay", "chores", "api"):
+        stack.hold(name)
+    for name in ("api", "chores", "relay", "images", "redis"):
+        stack.release(name)
+    wait_until(lambda: is_up(service), seconds=PATIENCE_SECONDS, what="the API to be back")
+    done = [service.wait(job_id, seconds=PATIENCE_SECONDS) for job_id in submitted]
+    assert {job["status"] for job in done} == {"succeeded"}
+    assert all(len(service.result(job["id"])) == job["result"]["bytes"] for job in done)
+    told = receiver.wait_for(8, seconds=PATIENCE_SECONDS, where=of_type("job.succeeded"))
+    # A delivery may be made twice (its sender died before it could write that down), an event may not.
+    assert {request.json["data"]["id"] for request in told} == set(submitted)
+    assert len({request.headers["webhook-id"] for request in told}) == 8
+
+
+def is_up(service: Service) -> bool:
+    try:
+        return service.http.get("/livez").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_g2_a_worker_that_wakes_up_after_its_lease_is_refused(
+    stack: Stack, service: Service, stack_database: Database, receiver: Receiver, whole: None
+) -> None:
+    # Given a worker that is frozen in the middle of a job,
+    job = service.submit(photograph(160, 120), webhook_url=receiver.url)
+    service.wait(job["id"], until=running)
+    late = worker_of(stack_database, job["id"])
+    assert late is not None
+    with frozen(late.pid):
+        frozen_at = time.monotonic()
+        # When another has taken the job over and brought it to its end,
+        done = service.wait(job["id"], seconds=PATIENCE_SECONDS)
+        assert time.monotonic() - frozen_at > LEASE_SECONDS - 1, "it was taken away before its lease had passed"
+        assert (done["status"], done["attempt"]) == ("succeeded", 2)
+        winner = service.result(job["id"])
+        assert worker_is_on(stack_database, late.id, job["id"]), "the frozen one still believes that it has the job"
+    # and the first goes on,
+    wait_until(
+        lambda: not worker_is_on(stack_database, late.id, job["id"]),
+        seconds=PATIENCE_SECONDS,
+        what="the late worker to learn that it is late",
+    )
+    # Then it has changed nothing: one result, one end.
+    assert service.job(job["id"]) == done
+    assert service.result(job["id"]) == winner
+    assert attempts(stack_database, job["id"]) == [(1, "lost"), (2, "succeeded")]
+    log = (stack.settings.data_dir / "logs" / "images.log").read_text().splitlines()
+    assert [line for line in log if job["id"] in line and "outcome=superseded" in line], "no stale write was refused"
+    # What comes after it has been told: had there been a second event, it would have come before.
+    other = service.submit(photograph(8, 8), webhook_url=receiver.url)
+    receiver.wait_for(where=lambda request: request.json["data"]["id"] == other["id"])
+    told = [request.json["type"] for request in receiver.requests if request.json["data"]["id"] == job["id"]]
+    assert told == ["job.succeeded"]
+    storage = Storage(stack.settings)
+    try:
+        stored = [key.rpartition("/")[2] for key in storage.keys(f"jobs/{job['id']}/")]
+    finally:
+        storage.close()
+    assert stored == ["input", "result-2.png"]
+
+
+def worker_is_on(database: Database, worker_id: str, job_id: str) -> bool:
+    with database.reading() as session:
+        return session.get_one(Worker, worker_id).current_job_id == job_id
+
+
+@pytest.mark.parametrize("how", ["refused", "frozen"])
+def test_g4_submitting_works_and_is_quick_without_redis(stack: Stack, service: Service, how: str, whole: None) -> None:
+    small = photograph(8, 8)
+    service.wait(service.submit(small)["id"])
+    seconds = []
+    with redis_away(stack, how):
+        submitted = []
+        for _ in range(40):
+            began = time.perf_counter()
+            submitted.append(service.submit(small)["id"])
+            seconds.append(time.perf_counter() - began)
+            assert service.job(submitted[-1])["status"] == "queued"
+        ready = service.http.get("/readyz")
+        assert ready.status_code == 503
+        assert "redis" in ready.text.lower(), "it says which server does not answer"
+    # Nine of ten, and not all: another process may hold the processor for any single one.
+    ninth = statistics.quantiles(seconds, n=10)[-1]
+    assert ninth <= 0.25, f"submits took {[round(s * 1000) for s in sorted(seconds)]} ms"
+    assert max(seconds) < 2
+    done = [service.wait(job_id, seconds=PATIENCE_SECONDS) for job_id in submitted]
+    assert Counter(job["status"] for job in done) == {"succeeded": 40}
+
+
+@contextmanager
+def redis_away(stack: Stack, how: str) -> Iterator[None]:
+    if how == "frozen":
+        with frozen(stack.process("redis").pid):
+            yield
+        return
+    stack.hold("redis")
+    try:
+        yield
+    finally:
+        stack.release("redis")
+
+
+def test_g8_a_job_that_kills_its_worker_fails_after_three_attempts_and_harms_nobody(
+    stack: Stack, service: Service, stack_database: Database, receiver: Receiver, whole: None
+) -> None:
+    """The poison is a picture like any other; whoever works on it dies, as a fault in native code would have it."""
+    poison = service.submit(photograph(160, 120), webhook_url=receiver.url)
+    others = [service.submit(photograph(48, 32))["id"] for _ in range(6)]
+    killed: list[int] = []
+
+    def ended() -> bool:
+        worker = worker_of(stack_database, poison["id"])
+        if worker is not None and worker.pid not in killed:
+            os.kill(worker.pid, signal.SIGKILL)
+            killed.append(worker.pid)
+        return service.job(poison["id"])["finished_at"] is not None
+
+    wait_until(ended, seconds=2 * PATIENCE_SECONDS, what="the poison job to be given up")
+    job = service.job(poison["id"])
+    assert (job["status"], job["attempt"], len(killed)) == ("failed", 3, 3), "each attempt takes one process with it"
+    assert job["error"]["code"] == "worker-lost"
+    assert attempts(stack_database, poison["id"]) == [(1, "lost"), (2, "lost"), (3, "lost")]
+    finished = [service.wait(job_id, seconds=PATIENCE_SECONDS) for job_id in others]
+    assert {other["status"] for other in finished} == {"succeeded"}
+    assert {other["attempt"] for other in finished} == {1}, "a neighbour was harmed"
+    assert len(receiver.wait_for(where=of_type("job.failed"))) == 1
+
+
+def test_g10_no_result_appears_after_a_cancel_was_accepted(
+    service: Service, stack_database: Database, receiver: Receiver
+) -> None:
+    """Cancels that come at every moment of a job's life, from before its claim to its last write."""
+    rounds, chance = 30, random.Random(10)
+    small = photograph(16, 16)
+    # How long such a job takes here: the cancels are spread over that.
+    began = time.monotonic()
+    service.wait(service.submit(small)["id"])
+    usual_seconds = time.monotonic() - began
+    accepted, refused = [], []
+
+    def go(delays: list[float]) -> None:
+        for delay_seconds in delays:
+            job_id = service.submit(small, webhook_url=receiver.url)["id"]
+            threading.Event().wait(delay_seconds)
+            answer = service.http.post(f"/v1/jobs/{job_id}/cancel")
+            assert answer.status_code in (202, 409), answer.text
+            (accepted if answer.status_code == 202 else refused).append(job_id)
+
+    go([chance.uniform(0, 1.5 * usual_seconds) for _ in range(rounds)])
+    ended = {job_id: service.wait(job_id, seconds=PATIENCE_SECONDS) for job_id in accepted + refused}
+    assert {ended[job_id]["status"] for job_id in accepted} <= {"canceled"}
+    assert {ended[job_id]["status"] for job_id in refused} <= {"succeeded"}
+    assert accepted, "every cancel came too late: nothing was tried"
+    with stack_database.reading() as session:
+        for job in session.scalars(select(Job).where(Job.id.in_(accepted))):
+            assert (job.result_key, job.result_sha256) == (None, None)
+    told = receiver.wait_for(rounds, seconds=PATIENCE_SECONDS)
+    assert Counter((request.json["data"]["id"], request.json["type"]) for request in told) == Counter(
+        [(job_id, "job.canceled") for job_id in accepted] + [(job_id, "job.succeeded") for job_id in refused]
+    )

@@ -1,0 +1,201 @@
+"""SQLite and PostgreSQL behave alike above this module: UTC times, committed or rolled back, honest when away."""
+
+from __future__ import annotations
+
+import threading
+import time
+from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError, StatementError
+
+from shared import servers
+from shared.db import Database, clock, new_id
+from shared.errors import DatabaseUnavailable
+from shared.models import ApiKey, Attempt, Worker
+from tests.conftest import closed_port
+from tests.factories import a_key
+
+
+def test_a_transaction_commits_at_its_end(database: Database, now: datetime) -> None:
+    with database.transaction() as session:
+        key = a_key(session, now)
+    with database.reading() as session:
+        assert session.get_one(ApiKey, key.id).name == "tester"
+
+
+def test_a_transaction_that_raises_changes_nothing(database: Database, now: datetime) -> None:
+    def stop_halfway() -> None:
+        with database.transaction() as session:
+            a_key(session, now)
+            raise RuntimeError("halfway")
+
+    with pytest.raises(RuntimeError, match="halfway"):
+        stop_halfway()
+    with database.reading() as session:
+        assert session.query(ApiKey).count() == 0
+
+
+def test_reading_leaves_nothing_behind(database: Database, now: datetime) -> None:
+    with database.reading() as session:
+        a_key(session, now)
+    with database.reading() as session:
+        assert session.query(ApiKey).count() == 0
+
+
+def test_times_come_back_in_utc_to_the_microsecond(database: Database) -> None:
+    east = timezone(timedelta(hours=5, minutes=30))
+    moment = datetime(2026, 3, 4, 1, 2, 3, 123456, east)
+    with database.transaction() as session:
+        key = a_key(session, moment)
+    with database.reading() as session:
+        read = session.get_one(ApiKey, key.id).created_at
+    assert read == moment
+    assert read.tzinfo is UTC
+    assert read.microsecond == 123456
+
+
+def test_a_time_without_a_zone_is_refused(database: Database) -> None:
+    with pytest.raises(StatementError, match="naive datetime"), database.transaction() as session:
+        a_key(session, datetime(2026, 3, 4))  # noqa: DTZ001  (that is what is tried)
+
+
+def test_times_are_compared_as_moments(database: Database, now: datetime) -> None:
+    """Leases are compared in SQL: a value written in one zone and asked for in another must be the same moment."""
+    west = timezone(timedelta(hours=-8))
+    with database.transaction() as session:
+        a_key(session, now)
+        later = (now + timedelta(microseconds=1)).astimezone(west)
+        assert session.query(ApiKey).where(ApiKey.created_at < later).count() == 1
+        assert session.query(ApiKey).where(ApiKey.created_at < now.astimezone(west)).count() == 0
+
+
+def test_foreign_keys_are_kept(database: Database, now: datetime) -> None:
+    with pytest.raises(IntegrityError), database.transaction() as session:
+        session.add(Attempt(job_id="job_nobody", number=1, worker_id="w", device="cpu", started_at=now))
+
+
+def test_the_clock_moves_and_is_utc(database: Database) -> None:
+    with database.reading() as session:
+        first, second = clock(session), clock(session)
+    assert first.tzinfo is UTC
+    assert second > first
+    assert abs((first - datetime.now(UTC)).total_seconds()) < 60
+
+
+def test_ids_sort_by_time_and_do_not_repeat(now: datetime) -> None:
+    ids = [new_id("job", now + timedelta(milliseconds=n)) for n in range(1000)]
+    assert ids == sorted(ids)
+    assert len({new_id("job", now) for _ in range(10_000)}) == 10_000
+    assert all(len(each) == len("job_") + 26 for each in ids)
+
+
+def test_ids_sort_in_sql_as_they_do_here(database: Database, now: datetime) -> None:
+    ids = [new_id("w", now) for _ in range(200)]
+    with database.transaction() as session:
+        for each in ids:
+            session.add(
+                Worker(id=each, kind="relay", host="h", pid=1, queues=[], models_loaded=[], started_at=now, seen_at=now)
+            )
+    with database.reading() as session:
+        assert list(session.scalars(text("SELECT id FROM workers ORDER BY id"))) == sorted(ids)
+
+
+def test_a_reader_does_not_wait_for_a_writer(database: Database, now: datetime) -> None:
+    with database.transaction() as writer:
+        a_key(writer, now)
+        started = time.monotonic()
+        with database.reading() as reader:
+            assert reader.query(ApiKey).count() == 0, "what is not committed is not seen"
+        assert time.monotonic() - started < 5, "the reader waited for the writer"
+
+
+def test_writers_wait_for_each_other_and_lose_no_update(database: Database, now: datetime) -> None:
+    """Sixteen threads add one to a counter. Reading first and writing later must neither fail nor lose one."""
+    with database.transaction() as session:
+        key = a_key(session, now, name="0")
+    failures: list[BaseException] = []
+
+    def add_one() -> None:
+        try:
+            for _ in range(5):
+                with database.transaction() as session:
+                    held = session.get_one(ApiKey, key.id, with_for_update=True)
+                    held.name = str(int(held.name) + 1)
+        except BaseException as failure:  # noqa: BLE001  (shown by the test's own thread)
+            failures.append(failure)
+
+    threads = [threading.Thread(target=add_one) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert failures == []
+    with database.reading() as session:
+        assert session.get_one(ApiKey, key.id).name == "80"
+
+
+def test_sqlite_survives_a_crash_of_the_process(sqlite_database: Database) -> None:
+    with sqlite_database.reading() as session:
+        assert session.scalar(text("PRAGMA journal_mode")) == "wal"
+        assert session.scalar(text("PRAGMA synchronous")) == 2, "FULL: the 202 survives a power cut as well"
+        assert session.scalar(text("PRAGMA foreign_keys")) == 1
+
+
+def test_ping_says_when_there_is_no_server() -> None:
+    gone = Database(f"postgresql+psycopg://nobody:none@127.0.0.1:{closed_port()}/none")
+    try:
+        with pytest.raises(DatabaseUnavailable) as unavailable:
+            gone.ping()
+    finally:
+        gone.close()
+    assert unavailable.value.retryable
+    assert unavailable.value.facts == {"retry_after_seconds": 2}
+
+
+def test_ping_is_quiet_when_the_server_is_there(database: Database) -> None:
+    database.ping()
+
+
+def test_a_locked_sqlite_is_unavailable_and_not_a_crash(
+    sqlite_database: Database, monkeypatch: pytest.MonkeyPatch, now: datetime
+) -> None:
+    monkeypatch.setattr("shared.db.SQLITE_BUSY_TIMEOUT_SECONDS", 0.05)
+    impatient = Database(sqlite_database.url.render_as_string(hide_password=False))
+    try:
+        with sqlite_database.transaction() as holder:
+            a_key(holder, now)
+            with pytest.raises(DatabaseUnavailable), impatient.transaction() as session:
+                a_key(session, now)
+    finally:
+        impatient.close()
+
+
+def test_a_lost_connection_is_replaced_and_a_killed_server_is_unavailable(tmp_path: Path) -> None:
+    with servers.start_postgresql(tmp_path) as server:
+        database = Database(server.url)
+        try:
+            database.ping()
+            _end_every_connection(database)
+            # The pool looks before it leaps: the dead connection is replaced without an error.
+            database.ping()
+            server.kill()
+            with pytest.raises(DatabaseUnavailable):
+                database.ping()
+        finally:
+            database.close()
+
+
+def _end_every_connection(database: Database) -> None:
+    other = Database(database.url.render_as_string(hide_password=False))
+    try:
+        with other.engine.connect() as connection:
+            ended: Any = connection.execute(
+                text("SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
+            )
+            assert ended.scalar_one() >= 1
+    finally:
+        other.close()

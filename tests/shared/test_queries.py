@@ -1,0 +1,420 @@
+"""Questions are answered from the rows as they stand, alike on both databases, and none of them writes."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from shared import deliveries, jobs, outbox, queries
+from shared.db import Database
+from shared.errors import InvalidRequest, NotFound
+from shared.models import Job, JobState, Worker
+from shared.queries import JobFilter
+from tests.factories import a_batch, a_claim, a_job, a_job_in, a_key, a_result, retryable
+
+HOOK = "https://receiver.example/hook"
+SECOND = timedelta(seconds=1)
+LOST_AFTER = {"worker_lost_after_seconds": 30.0}
+
+
+def a_worker(session: Session, worker_id: str, now: datetime, **changes: Any) -> Worker:
+    facts: dict[str, Any] = {
+        "id": worker_id,
+        "kind": "images",
+        "host": "h",
+        "pid": 1,
+        "device": "cpu",
+        "queues": ["cpu.interactive", "cpu.bulk"],
+        "models_loaded": [],
+        "started_at": now,
+        "seen_at": now,
+    }
+    worker = Worker(**facts | changes)
+    session.add(worker)
+    session.flush()
+    return worker
+
+
+# --- views ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_is_shown_as_the_contract_says_in_every_state(sqlite_database: Database, now: datetime) -> None:
+    with sqlite_database.transaction() as session:
+        key = a_key(session, now)
+        for state in JobState:
+            job, _ = a_job_in(state, session, key, now, classify=True, external_id="order-7")
+            view = queries.job_view(job, queue_position=3)
+            assert json.loads(json.dumps(view)) == view, "JSON values only"
+            assert (view["id"], view["status"], view["external_id"]) == (job.id, state, "order-7")
+            assert view["created_at"] == "2026-03-04T05:06:07.891Z"
+            assert view["queue_position"] == 3
+            assert (view["result"] is not None) == (state == JobState.SUCCEEDED)
+            assert (view["labels"] is not None) == (state == JobState.SUCCEEDED)
+            assert (view["timings"] is not None) == (state == JobState.SUCCEEDED)
+            assert (view["error"] is not None) == (state in (JobState.FAILED, JobState.EXPIRED))
+            assert (view["finished_at"] is not None) == (state in jobs.TERMINAL_STATES)
+            assert set(view["progress"]) == {"fraction", "phase", "bands_done", "bands_total", "eta_seconds"}
+            assert job.blob_prefix not in json.dumps(view), "where blobs lie is nobody's business"
+
+
+def test_a_job_that_waits_to_be_tried_again_shows_no_error(sqlite_database: Database, now: datetime) -> None:
+    with sqlite_database.transaction() as session:
+        job, claim = a_job_in(JobState.RUNNING, session, a_key(session, now), now)
+        jobs.fail(session, claim, retryable(), retry_delay_seconds=2, now=now)
+        session.refresh(job)
+        view = queries.job_view(job)
+        assert (view["status"], view["attempt"], view["error"], view["device"]) == ("queued", 1, None, "cpu")
+
+
+def test_a_batch_shows_its_items_in_the_order_they_were_handed_in(database: Database, now: datetime) -> None:
+    with database.transaction() as session:
+        key = a_key(session, now)
+        batch = a_batch(session, key, now, total=3)
+        members = [a_job(session, key, now + n * SECOND, batch_id=batch.id, external_id=str(n)) for n in range(3)]
+        assert queries.batch_view(session, batch)["status"] == "running"
+        jobs.cancel(session, members[1].id, now=now)
+        view = queries.batch_view(session, batch)
+        assert (view["total"], view["remaining"], view["status"]) == (3, 2, "running")
+        assert [(item["external_id"], item["status"]) for item in view["items"]] == [
+            ("0", "queued"),
+            ("1", "canceled"),
+            ("2", "queued"),
+        ]
+
+
+def test_a_delivery_shows_when_it_is_tried_next_only_while_it_is_pending(
+    sqlite_database: Database, now: datetime
+) -> None:
+    with sqlite_database.transaction() as session:
+        job = a_job(session, a_key(session, now), now, webhook_url=HOOK)
+        jobs.cancel(session, job.id, now=now)
+        (delivery,) = queries.page_of_deliveries(session, owner_key_id=None, job_id=job.id, limit=5, cursor=None).rows
+        assert queries.delivery_view(delivery)["next_try_at"] == "2026-03-04T05:06:07.891Z"
+        claim = deliveries.claim(session, delivery.id, lease_seconds=5, now=now)
+        assert claim is not None
+        deliveries.delivered(session, claim, status=200, seconds=0.5, now=now)
+        session.refresh(delivery)
+        view = queries.delivery_view(delivery)
+        assert (view["status"], view["next_try_at"]) == ("delivered", None)
+        assert [entry["status"] for entry in view["tries"]] == [200]
+        assert json.loads(json.dumps(view)) == view
+
+
+# --- whose, and where in the queue ----------------------------------------------------------------------------------
+
+
+def test_a_strangers_job_is_not_there(sqlite_database: Database, now: datetime) -> None:
+    with sqlite_database.transaction() as session:
+        owner, stranger = a_key(session, now), a_key(session, now)
+        job = a_job(session, owner, now)
+        assert queries.owned_job(session, job.id, owner.id) is job
+        assert queries.pulse(session, job.id, owner.id).state == JobState.QUEUED
+        assert queries.any_job(session, job.id) is job
+        said = set()
+        for job_id in (job.id, "job_nobody"):
+            for ask in (queries.owned_job, queries.pulse):
+                with pytest.raises(NotFound) as refused:
+                    ask(session, job_id, stranger.id)
+                said.add(refused.value.detail)
+        assert len(said) == 1
+        with pytest.raises(NotFound):
+            queries.any_job(session, "job_nobody")
+
+
+def test_a_queued_job_knows_its_place(database: Database, now: datetime) -> None:
+    with database.transaction() as session:
+        key = a_key(session, now)
+        first, second, third = (a_job(session, key, now + n * SECOND) for n in range(3))
+        a_job(session, key, now, queue="cpu.bulk")
+        places = [queries.queue_position(session, job) for job in (first, second, third)]
+        assert places == [1, 2, 3]
+        assert queries.pulse(session, third.id, key.id).queue_position == 3
+        a_claim(session, first.id, now)
+        for job in (first, second):
+            session.refresh(job)
+        assert [queries.queue_position(session, job) for job in (first, second)] == [None, 1]
+        assert queries.pulse(session, first.id, key.id).queue_position is None
+
+
+def test_a_pulse_changes_with_what_a_watcher_must_see(database: Database, now: datetime) -> None:
+    with database.transaction() as session:
+        key = a_key(session, now)
+        job, claim = a_job_in(JobState.RUNNING, session, key, now)
+        seen = [queries.pulse(session, job.id, key.id)]
+        jobs.cancel(session, job.id, now=now)
+        seen.append(queries.pulse(session, job.id, key.id))
+        jobs.acknowledge_cancel(session, claim, now=now)
+        seen.append(queries.pulse(session, job.id, key.id))
+        assert [pulse.is_canceling for pulse in seen] == [False, True, True]
+        assert [pulse.is_finished for pulse in seen] == [False, False, True]
+        assert len({pulse.version for pulse in seen}) == 3
+        session.refresh(job)
+        assert queries.is_finished(job)
+
+
+def test_the_history_of_a_job_is_told_newest_first(sqlite_database: Database, now: datetime) -> None:
+    with sqlite_database.transaction() as session:
+        job, claim = a_job_in(JobState.RUNNING, session, a_key(session, now), now)
+        jobs.release(session, claim, now=now)
+        a_claim(session, job.id, now)
+        assert [attempt.number for attempt in queries.attempts(session, job.id)] == [2, 1]
+
+
+# --- pages ----------------------------------------------------------------------------------------------------------
+
+
+def test_pages_show_every_job_once_though_new_ones_come_in(database: Database, now: datetime) -> None:
+    with database.transaction() as session:
+        key = a_key(session, now)
+        ids = [a_job(session, key, now + n * SECOND).id for n in range(7)]
+        seen: list[str] = []
+        cursor = None
+        while True:
+            page = queries.page_of_jobs(session, JobFilter(owner_key_id=key.id), limit=3, cursor=cursor)
+            seen += [job.id for job in page.rows]
+            a_job(session, key, now + 3600 * SECOND)
+            cursor = page.next_cursor
+            if cursor is None:
+                break
+        assert seen == ids[::-1]
+
+
+def test_a_page_that_ends_with_the_list_has_no_next(sqlite_database: Database, now: datetime) -> None:
+    with sqlite_database.transaction() as session:
+        key = a_key(session, now)
+        for _ in range(3):
+            a_job(session, key, now)
+        assert queries.page_of_jobs(session, JobFilter(), limit=3, cursor=None).next_cursor is None
+        assert queries.page_of_jobs(session, JobFilter(), limit=2, cursor=None).next_cursor is not None
+
+
+@pytest.mark.parametrize("cursor", ["", "!", "\u00e9", "AAA=A", "_", "gA", "AA", "a" * 3001])
+def test_a_cursor_that_we_did_not_give_is_refused_or_finds_a_place(
+    database: Database, now: datetime, cursor: str
+) -> None:
+    with database.reading() as session:
+        for page_of in (
+            lambda: queries.page_of_jobs(session, JobFilter(), limit=3, cursor=cursor),
+            lambda: queries.page_of_deliveries(session, owner_key_id=None, job_id=None, limit=3, cursor=cursor),
+        ):
+            try:
+                assert page_of().rows == []
+            except InvalidRequest as refused:
+                assert refused.facts == {"parameter": "cursor"}  # noqa: PT017  (either is right, a crash is not)
+
+
+def test_a_list_can_be_narrowed(database: Database, now: datetime) -> None:
+    with database.transaction() as session:
+        key, other = a_key(session, now), a_key(session, now)
+        old = a_job(session, key, now - 3600 * SECOND, model="srresnet")
+        done, _ = a_job_in(JobState.SUCCEEDED, session, key, now, external_id="order-7")
+        theirs = a_job(session, other, now + SECOND)
+
+        def found(**wanted: Any) -> set[str]:
+            return {job.id for job in queries.page_of_jobs(session, JobFilter(**wanted), limit=9, cursor=None).rows}
+
+        assert found() == {old.id, done.id, theirs.id}
+        assert found(owner_key_id=key.id) == {old.id, done.id}
+        assert found(status="succeeded") == {done.id}
+        assert found(model="srresnet") == {old.id}
+        assert found(external_id="order-7") == {done.id}
+        assert found(created_after=now - SECOND) == {done.id, theirs.id}
+        assert found(created_after=now) == {theirs.id}
+        assert found(id=old.id, owner_key_id=other.id) == set()
+
+
+def test_deliveries_are_listed_by_owner_and_by_job(database: Database, now: datetime) -> None:
+    with database.transaction() as session:
+        keys = [a_key(session, now) for _ in range(2)]
+        made = [a_job(session, key, now, webhook_url=HOOK) for key in keys]
+        for job in made:
+            jobs.cancel(session, job.id, now=now)
+
+        def listed(owner: str | None, job: str | None) -> set[str | None]:
+            page = queries.page_of_deliveries(session, owner_key_id=owner, job_id=job, limit=9, cursor=None)
+            return {delivery.job_id for delivery in page.rows}
+
+        assert listed(None, None) == {job.id for job in made}
+        assert listed(keys[0].id, None) == {made[0].id}
+        assert listed(keys[0].id, made[1].id) == set()
+        assert queries.deliveries_pending(session) == 2
+        first = queries.page_of_deliveries(session, owner_key_id=None, job_id=None, limit=1, cursor=None)
+        rest = queries.page_of_deliveries(session, owner_key_id=None, job_id=None, limit=1, cursor=first.next_cursor)
+        assert {first.rows[0].job_id, rest.rows[0].job_id} == {job.id for job in made}
+
+
+# --- depths, workers, rates -----------------------------------------------------------------------------------------
+
+
+def test_depths_tell_how_many_wait_run_and_serve(database: Database, now: datetime) -> None:
+    with database.transaction() as session:
+        key = a_key(session, now)
+        a_job(session, key, now - 5 * SECOND)
+        a_job(session, key, now - 3 * SECOND)
+        a_job_in(JobState.RUNNING, session, key, now)
+        a_job(session, key, now, queue="gpu.bulk")
+        a_worker(session, "w1", now)
+        a_worker(session, "w2", now - 31 * SECOND)
+        a_worker(session, "w3", now, stopped_at=now)
+        depths = {depth.queue: depth for depth in queries.queue_depths(session, **LOST_AFTER, now=now)}
+        assert tuple(depths) == queries.IMAGE_QUEUES
+        busy = depths["cpu.interactive"]
+        assert (busy.queued, busy.oldest_seconds, busy.running, busy.live_workers) == (2, 5.0, 1, 1)
+        unserved = depths["gpu.bulk"]
+        assert (unserved.queued, unserved.oldest_seconds, unserved.live_workers) == (1, 0.0, 0)
+        assert (depths["cpu.bulk"].queued, depths["cpu.bulk"].oldest_seconds) == (0, None)
+        assert [worker.id for worker in queries.live_workers(session, **LOST_AFTER, now=now)] == ["w1"]
+        assert {worker.id for worker in queries.recent_workers(session, now=now)} == {"w1", "w2", "w3"}
+
+
+def test_every_state_is_counted_also_those_no_job_is_in(database: Database, now: datetime) -> None:
+    with database.transaction() as session:
+        key = a_key(session, now)
+        for state in (JobState.QUEUED, JobState.QUEUED, JobState.FAILED):
+            a_job_in(state, session, key, now)
+        counts = queries.counts_by_state(session)
+        assert counts == {"queued": 2, "running": 0, "succeeded": 0, "failed": 1, "canceled": 0, "expired": 0}
+        assert queries.key_names(session, [key.id, "key_nobody"]) == {key.id: "tester"}
+
+
+@pytest.mark.parametrize(
+    ("device", "gpu_alive", "queue"),
+    [
+        ("auto", True, "gpu.bulk"),
+        ("auto", False, "cpu.bulk"),
+        ("cpu", True, "cpu.bulk"),
+        ("gpu", False, "gpu.bulk"),
+    ],
+)
+def test_the_queue_follows_from_the_device_and_from_who_is_alive(device: str, gpu_alive: bool, queue: str) -> None:
+    assert queries.image_queue(device, "bulk", gpu_alive=gpu_alive) == queue
+    assert queue in queries.IMAGE_QUEUES
+
+
+def test_a_gpu_is_alive_while_its_worker_is_heard_of(database: Database, now: datetime) -> None:
+    with database.transaction() as session:
+        a_worker(session, "cpu-1", now)
+        assert not queries.gpu_is_alive(session, **LOST_AFTER, now=now)
+        a_worker(session, "gpu-1", now, device="gpu", queues=["gpu.interactive", "gpu.bulk"])
+        assert queries.gpu_is_alive(session, **LOST_AFTER, now=now + 29 * SECOND)
+        assert not queries.gpu_is_alive(session, **LOST_AFTER, now=now + 30 * SECOND)
+
+
+def test_history_gives_rates_of_the_newest_successes_of_one_model(database: Database, now: datetime) -> None:
+    with database.transaction() as session:
+        key = a_key(session, now)
+        assert queries.run_history(session, "srgan") == queries.RunHistory(0, None, None)
+        for number in range(1, 11):
+            claim = a_claim(session, a_job(session, key, now).id, now)
+            timings = {
+                "queued_seconds": 999.0,
+                "upscale_seconds": number * 0.5,
+                "store_seconds": 0.5 * number,
+                "tiles": 7.0,
+            }
+            result = a_result(claim, width=1000, height=1000, timings=timings)
+            jobs.succeed(session, claim, result, now=now + number * SECOND)
+        a_job_in(JobState.SUCCEEDED, session, key, now, model="srresnet")
+        history = queries.run_history(session, "srgan")
+        assert (history.jobs, history.p50_seconds_per_output_mp, history.p95_seconds_per_output_mp) == (10, 5.0, 10.0)
+        newest = queries.run_history(session, "srgan", sample=2)
+        assert (newest.jobs, newest.p50_seconds_per_output_mp) == (2, 9.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "share", "expected"),
+    [
+        ([1], 0.5, 1),
+        ([1, 2], 0.5, 1),
+        ([1, 2, 3], 0.5, 2),
+        ([1, 2, 3, 4, 5, 6], 0.5, 3),
+        ([1, 2], 0.95, 2),
+        ([1, 2], 0, 1),
+    ],
+)
+def test_percentiles_are_nearest_rank(values: list[float], share: float, expected: float) -> None:
+    assert queries.percentile(values, share) == expected
+
+
+def test_the_expected_wait_is_the_work_ahead_over_those_who_do_it(database: Database, now: datetime) -> None:
+    with database.transaction() as session:
+        key = a_key(session, now)
+
+        def wait() -> float:
+            return queries.expected_wait_seconds(session, "cpu.interactive", **LOST_AFTER, now=now)
+
+        assert wait() == 0.0
+        a_job(session, key, now, expected_seconds=10)
+        a_job_in(JobState.RUNNING, session, key, now, expected_seconds=20)
+        a_job(session, key, now, expected_seconds=500, queue="cpu.bulk")
+        a_job_in(JobState.SUCCEEDED, session, key, now, expected_seconds=1000)
+        assert wait() == 30.0
+        a_worker(session, "w1", now)
+        a_worker(session, "w2", now)
+        a_worker(session, "w3", now, queues=["gpu.bulk"])
+        assert wait() == 15.0
+
+
+# --- what is to be published ----------------------------------------------------------------------------------------
+
+RESEND = dict.fromkeys(queries.IMAGE_QUEUES, 60.0)
+
+
+def unpublished(session: Session, now: datetime, *, generation: str | None = "g1") -> list[str]:
+    return [job.id for job in queries.unpublished(session, generation=generation, resend_after=RESEND, now=now)]
+
+
+def test_a_job_is_to_be_published_while_it_waits_and_no_message_is_on_its_way(
+    database: Database, now: datetime
+) -> None:
+    with database.transaction() as session:
+        key = a_key(session, now)
+        fresh = a_job(session, key, now)
+        a_job_in(JobState.RUNNING, session, key, now)
+        a_job_in(JobState.SUCCEEDED, session, key, now)
+        later, claim = a_job_in(JobState.RUNNING, session, key, now)
+        jobs.fail(session, claim, retryable(), retry_delay_seconds=5, now=now)
+        assert unpublished(session, now) == [fresh.id]
+        assert set(unpublished(session, now + 5 * SECOND)) == {fresh.id, later.id}
+        outbox.mark_published(session, [fresh.id], "g1", now)
+        assert unpublished(session, now) == []
+        # Redis was wiped: its generation is another one now, or none.
+        assert unpublished(session, now, generation="g2") == [fresh.id]
+        assert unpublished(session, now, generation=None) == []
+
+
+def test_copies_of_a_message_become_rarer_and_then_hourly(database: Database, now: datetime) -> None:
+    with database.transaction() as session:
+        job = a_job(session, a_key(session, now), now)
+        gaps = []
+        for _ in range(7):
+            outbox.mark_published(session, [job.id], "g1", now)
+            waited = next(
+                seconds for seconds in range(30, 4000, 30) if unpublished(session, now + (seconds + 0.001) * SECOND)
+            )
+            assert unpublished(session, now + waited * SECOND) == []
+            gaps.append(waited)
+            now += waited * SECOND
+        assert gaps == [60, 120, 240, 480, 3600, 3600, 3600]
+
+
+def test_a_retry_by_hand_is_published_at_once(database: Database, now: datetime) -> None:
+    with database.transaction() as session:
+        job, _ = a_job_in(JobState.FAILED, session, a_key(session, now), now)
+        outbox.mark_published(session, [job.id], "g1", now)
+        jobs.retry(session, job.id, now=now)
+        assert unpublished(session, now) == [job.id]
+
+
+def test_the_oldest_jobs_are_published_first_in_bounded_numbers(sqlite_database: Database, now: datetime) -> None:
+    with sqlite_database.transaction() as session:
+        key = a_key(session, now)
+        ids = [a_job(session, key, now + n * SECOND).id for n in range(3)]
+        found = queries.unpublished(session, generation="g", resend_after={}, now=now, limit=2)
+        assert [job.id for job in found] == ids[:2]
+        assert session.scalars(select(Job.published_at)).all() == [None] * 3, "a question changes nothing"

@@ -1,0 +1,138 @@
+"""The rows of worker processes, and the thread that keeps one fresh."""
+
+from __future__ import annotations
+
+import threading
+from datetime import datetime, timedelta
+
+from shared import queries, workers
+from shared.db import Database
+from shared.errors import DatabaseUnavailable
+from shared.models import Worker
+from shared.workers import Presence, WorkerFacts
+from tests.conftest import wait_until
+
+FACTS = WorkerFacts("images-host-1-abc", "images", "host", 1, ("cpu.interactive",), "cpu", "a CPU")
+
+
+def row(database: Database, worker_id: str = FACTS.id) -> Worker | None:
+    with database.transaction() as session:
+        return session.get(Worker, worker_id)
+
+
+def test_a_process_that_enlists_is_alive_until_it_is_silent_or_stops(database: Database, now: datetime) -> None:
+    def alive(at: datetime) -> list[str]:
+        with database.transaction() as session:
+            return [w.id for w in queries.live_workers(session, worker_lost_after_seconds=30, now=at)]
+
+    later = now + timedelta(seconds=29)
+    with database.transaction() as session:
+        workers.enlist(session, FACTS, models_loaded=["srgan"], now=now)
+    assert alive(later) == [FACTS.id]
+    assert alive(now + timedelta(seconds=31)) == []
+
+    with database.transaction() as session:
+        assert workers.seen(session, FACTS.id, models_loaded=["srgan", "srresnet"], now=later)
+    assert alive(now + timedelta(seconds=31)) == [FACTS.id]
+
+    with database.transaction() as session:
+        workers.stopped(session, FACTS.id, now=later)
+    assert alive(later) == []
+    kept = row(database)
+    assert kept is not None
+    assert (kept.queues, kept.models_loaded, kept.device_name) == (
+        ["cpu.interactive"],
+        ["srgan", "srresnet"],
+        "a CPU",
+    )
+
+
+def test_a_process_says_which_job_it_works_on(database: Database, now: datetime) -> None:
+    with database.transaction() as session:
+        workers.enlist(session, FACTS, now=now)
+    for job_id in ("job_1", None):
+        with database.transaction() as session:
+            workers.working_on(session, FACTS.id, job_id, now=now)
+        found = row(database)
+        assert found is not None
+        assert found.current_job_id == job_id
+
+
+def test_processes_not_heard_of_for_a_week_are_forgotten(database: Database, now: datetime) -> None:
+    with database.transaction() as session:
+        workers.enlist(session, FACTS, now=now)
+    week = timedelta(seconds=workers.KEPT_SECONDS)
+    with database.transaction() as session:
+        assert workers.forget_lost(session, now=now + week) == 0
+        assert workers.forget_lost(session, now=now + week + timedelta(seconds=1)) == 1
+    assert row(database) is None
+
+
+def test_two_processes_never_have_the_same_id() -> None:
+    first, second = workers.this_process("relay"), workers.this_process("relay")
+    assert first.pid == second.pid
+    assert first.id != second.id
+
+
+def test_presence_enlists_beats_and_says_when_it_ends(sqlite_database: Database) -> None:
+    facts = workers.this_process("chores", queues=["chores"])
+    presence = Presence(sqlite_database, facts, interval_seconds=0.02)
+    presence.start()
+    first = row(sqlite_database, facts.id)
+    assert first is not None
+    wait_until(lambda: (r := row(sqlite_database, facts.id)) and r.seen_at > first.seen_at, seconds=10, what="a beat")
+    presence.stop()
+    last = row(sqlite_database, facts.id)
+    assert last is not None
+    assert last.stopped_at is not None
+
+
+def test_a_process_that_hangs_comes_to_look_lost(sqlite_database: Database) -> None:
+    facts = workers.this_process("images")
+    is_alive, asked = threading.Event(), threading.Event()
+
+    def answer() -> bool:
+        asked.set()
+        return is_alive.is_set()
+
+    is_alive.set()
+    presence = Presence(sqlite_database, facts, interval_seconds=0.02, is_alive=answer)
+    presence.start()
+    is_alive.clear()
+    # Once the thread has asked again, the beat before that answer is over.
+    asked.clear()
+    wait_until(asked.is_set, seconds=10, what="a beat")
+    asked.clear()
+    wait_until(asked.is_set, seconds=10, what="another beat")
+    silent = row(sqlite_database, facts.id)
+    assert silent is not None
+    asked.clear()
+    wait_until(asked.is_set, seconds=10, what="one beat more")
+    still = row(sqlite_database, facts.id)
+    assert still is not None
+    assert still.seen_at == silent.seen_at
+    presence.stop()
+
+
+def test_presence_waits_for_a_database_that_is_away(sqlite_database: Database) -> None:
+    class Away(Database):
+        is_away = True
+
+        def transaction(self):  # type: ignore[no-untyped-def]
+            if self.is_away:
+                raise DatabaseUnavailable("away")
+            return super().transaction()
+
+    away = Away(sqlite_database.url.render_as_string(hide_password=False))
+    facts = workers.this_process("relay")
+    presence = Presence(away, facts, interval_seconds=0.02)
+    presence.start()
+    assert row(sqlite_database, facts.id) is None
+    away.is_away = False
+    wait_until(lambda: row(sqlite_database, facts.id), seconds=10, what="the row, now that the database is back")
+    away.is_away = True
+    presence.stop()
+    away.close()
+    found = row(sqlite_database, facts.id)
+    assert found is not None
+    assert found.stopped_at is None

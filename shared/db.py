@@ -14,6 +14,7 @@ from typing import Any
 from sqlalchemy import Connection, DateTime, Dialect, MetaData, create_engine, event, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import DeclarativeBase, Session
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.types import TypeDecorator
@@ -122,7 +123,8 @@ class Database:
 def _translated() -> Iterator[None]:
     try:
         yield
-    except (OperationalError, InterfaceError) as error:
+    # PoolTimeoutError: every connection of this process is in use, and none came back in time.
+    except (OperationalError, InterfaceError, PoolTimeoutError) as error:
         raise DatabaseUnavailable("The database does not answer.", retry_after_seconds=2) from error
 
 

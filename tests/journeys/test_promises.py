@@ -78,7 +78,7 @@ def whole(stack: Stack, stack_database: Database) -> Iterator[None]:
 
 def running(job: dict[str, Any]) -> bool:
     """In the middle: something is done, and much is not."""
-    return job["status"] == "running" and 0.02 < job["progress"]["fraction"] < 0.7
+    return bool(job["status"] == "running" and 0.02 < job["progress"]["fraction"] < 0.7)
 
 
 @contextmanager
@@ -185,7 +185,7 @@ def test_g2_a_worker_that_wakes_up_after_its_lease_is_refused(
 
 def worker_is_on(database: Database, worker_id: str, job_id: str) -> bool:
     with database.reading() as session:
-        return session.get_one(Worker, worker_id).current_job_id == job_id
+        return bool(session.get_one(Worker, worker_id).current_job_id == job_id)
 
 
 @pytest.mark.parametrize("how", ["refused", "frozen"])
@@ -260,7 +260,8 @@ def test_g10_no_result_appears_after_a_cancel_was_accepted(
     began = time.monotonic()
     service.wait(service.submit(small)["id"])
     usual_seconds = time.monotonic() - began
-    accepted, refused = [], []
+    accepted: list[str] = []
+    refused: list[str] = []
 
     def go(delays: list[float]) -> None:
         for delay_seconds in delays:

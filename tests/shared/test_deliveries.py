@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import itertools
 import threading
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -225,7 +226,7 @@ def test_the_log_of_a_delivery_stays_short(sqlite_database: Database, now: datet
 
 # --- the fence ------------------------------------------------------------------------------------------------------
 
-REPORTS = {
+REPORTS: dict[str, Callable[[Session, DeliveryClaim, datetime], Any]] = {
     "delivered": lambda s, c, now: deliveries.delivered(s, c, status=200, seconds=1, now=now),
     "defer": defer,
     "abandon": lambda s, c, now: deliveries.abandon(s, c, error="no", now=now),

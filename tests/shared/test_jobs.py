@@ -337,9 +337,10 @@ def test_no_verb_works_on_a_job_that_is_not_there(database: Database, now: datet
             assert VERBS[verb](session, claim, now) is None
             return
         expected = StaleAttempt if verb in WORKERS_VERBS else NotFound
-        act = VERBS.get(verb, lambda s, c, now: jobs.remove(s, c.job_id, now=now))
+        verbs: dict[str, Callable[[Session, Claim, datetime], Any]]
+        verbs = {**VERBS, "remove": lambda s, c, now: jobs.remove(s, c.job_id, now=now)}
         with pytest.raises(expected):
-            act(session, claim, now)
+            verbs[verb](session, claim, now)
 
 
 # --- claim and lease ------------------------------------------------------------------------------------------------

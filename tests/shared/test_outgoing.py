@@ -324,6 +324,10 @@ def a_server_that(says: Callable[[socket.socket, threading.Event], None]) -> Ite
         assert not thread.is_alive()
 
 
+def say_nothing(_: socket.socket, ending: threading.Event) -> None:
+    ending.wait(20)
+
+
 def _drip(connection: socket.socket, ending: threading.Event, start: bytes) -> None:
     connection.sendall(start)
     while not ending.wait(0.02):
@@ -348,7 +352,7 @@ def test_a_source_that_trickles_is_cut_off_in_time(start: bytes) -> None:
 
 
 def test_a_source_that_says_nothing_is_cut_off_in_time() -> None:
-    with a_server_that(lambda _, ending: ending.wait(20) and None) as url:
+    with a_server_that(say_nothing) as url:
         began = time.monotonic()
         with pytest.raises(FetchFailed):
             fetch(client_for("127.0.0.0/8"), url, timeout_seconds=0.3)
@@ -410,7 +414,7 @@ def test_the_body_of_a_receivers_answer_is_not_waited_for() -> None:
 
 
 def test_a_receiver_that_says_nothing_is_given_up() -> None:
-    with a_server_that(lambda _, ending: ending.wait(20) and None) as url, pytest.raises(FetchFailed):
+    with a_server_that(say_nothing) as url, pytest.raises(FetchFailed):
         client_for("127.0.0.0/8").post(url, b"{}", {}, timeout_seconds=0.3)
 
 

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from shared import deliveries, jobs, outbox, queries
 from shared.db import Database
 from shared.errors import InvalidRequest, NotFound
-from shared.models import Job, JobState, Worker
+from shared.models import TERMINAL_STATES, Job, JobState, Worker
 from shared.queries import JobFilter
 from tests.factories import a_batch, a_claim, a_job, a_job_in, a_key, a_result, retryable
 
@@ -57,7 +57,7 @@ def test_a_job_is_shown_as_the_contract_says_in_every_state(sqlite_database: Dat
             assert (view["labels"] is not None) == (state == JobState.SUCCEEDED)
             assert (view["timings"] is not None) == (state == JobState.SUCCEEDED)
             assert (view["error"] is not None) == (state in (JobState.FAILED, JobState.EXPIRED))
-            assert (view["finished_at"] is not None) == (state in jobs.TERMINAL_STATES)
+            assert (view["finished_at"] is not None) == (state in TERMINAL_STATES)
             assert set(view["progress"]) == {"fraction", "phase", "bands_done", "bands_total", "eta_seconds"}
             assert job.blob_prefix not in json.dumps(view), "where blobs lie is nobody's business"
 

@@ -131,10 +131,11 @@ def canary() -> Iterator[tuple[int, Callable[[], int]]]:
         def listen() -> None:
             while True:
                 connection, peer = listener.accept()
-                connection.close()
-                if stopping.is_set():
-                    return
-                hits.append(peer)
+                # Counted before it is closed: the client's answer is the close.
+                with connection:
+                    if stopping.is_set():
+                        return
+                    hits.append(peer)
 
         thread = threading.Thread(target=listen, name="canary")
         thread.start()

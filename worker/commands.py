@@ -183,9 +183,17 @@ def classify(pictures: tuple[Path, ...], device: str, as_json: bool) -> None:
 @click.option(
     "--json", "json_path", type=click.Path(dir_okay=False, allow_dash=True), help="Write it here too; - only."
 )
+@click.option(
+    "--y",
+    "y_convention",
+    type=click.Choice(["rounded", "exact"]),
+    default="rounded",
+    show_default=True,
+    help="Y as MATLAB gives it for 8-bit pictures, or as the formula does: 0.02 dB more.",
+)
 @device_option
-def evaluate(data: Path, models: str | None, json_path: str | None, device: str) -> None:
-    """Score models on a benchmark: PSNR and SSIM of Y, as papers give them.
+def evaluate(data: Path, models: str | None, json_path: str | None, y_convention: str, device: str) -> None:
+    """Score models on a benchmark: PSNR and SSIM of Y, as papers give them, without a border as wide as the scale.
 
     With `--json FILE` the figures are written there as well; `--json -` prints them, and nothing else.
     """
@@ -209,6 +217,7 @@ def evaluate(data: Path, models: str | None, json_path: str | None, device: str)
                     folder,
                     names,
                     device=engine.choose_device(device),
+                    rounded=y_convention == "rounded",
                     on_progress=partial(_count, shown, task),
                 )
             except ValueError as error:
@@ -220,7 +229,9 @@ def evaluate(data: Path, models: str | None, json_path: str | None, device: str)
     if json_path:
         Path(json_path).write_text(document + "\n")
     for name, table in tables.items():
-        click.echo(f"{name}, {sum(1 for row in table.rows if row.model == table.rows[0].model)} pictures (Y)")
+        click.echo(
+            f"{name}, {sum(1 for row in table.rows if row.model == table.rows[0].model)} pictures, Y {y_convention}"
+        )
         for mean in table.means:
             click.echo(f"  {mean.model:<18} {mean.psnr:6.2f} dB  SSIM {mean.ssim:.4f}  {mean.seconds:7.2f} s a picture")
 

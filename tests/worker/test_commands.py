@@ -141,6 +141,15 @@ def test_scores_alone_are_printed_on_request(benchmark: Path) -> None:
     assert list(json.loads(ran.stdout)) == ["tiny"]
 
 
+def test_y_is_taken_in_either_convention_of_the_papers(benchmark: Path) -> None:
+    def psnr(*options: str) -> float:
+        ran = run(commands.evaluate, "--data", benchmark / "tiny", "--models", "bicubic", "--json", "-", *options)
+        return float(json.loads(ran.stdout)["tiny"]["means"][0]["psnr"])
+
+    assert psnr() == psnr("--y", "rounded")
+    assert psnr() != psnr("--y", "exact") == pytest.approx(psnr(), abs=0.5)
+
+
 def test_a_folder_that_is_no_benchmark_is_wrong_use(tmp_path: Path) -> None:
     assert run(commands.evaluate, "--data", tmp_path).exit_code == 2
     (tmp_path / "LRx4").mkdir()

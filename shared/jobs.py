@@ -343,15 +343,26 @@ def fail(
     return JobState.QUEUED
 
 
-def release(session: Session, claim: Claim, *, now: datetime) -> None:
-    """RUNNING -> QUEUED because the worker is asked to stop: at once, and the attempt does not count against the job.
+def release(
+    session: Session,
+    claim: Claim,
+    *,
+    now: datetime,
+    error: EnlargerError | None = None,
+    delay_seconds: float = 0.0,
+) -> None:
+    """RUNNING -> QUEUED for a reason that is not the job's: the attempt does not count against it.
 
-    A job that is being canceled is CANCELED instead, as in `fail`. Raises StaleAttempt.
+    The worker is asked to stop, or a server it depends on does not answer; that `error` goes into the attempt's row,
+    and the next attempt waits `delay_seconds`. A job that is being canceled is CANCELED instead, as in `fail`. Raises
+    StaleAttempt.
     """
     if _held_job(session, claim).cancel_requested_at is not None:
         acknowledge_cancel(session, claim, now=now)
         return
-    _requeue(session, _held(claim), claim, now, "released", None, {"run_after": None, "tries_used": Job.tries_used - 1})
+    run_after = now + timedelta(seconds=delay_seconds) if delay_seconds else None
+    changes = {"run_after": run_after, "tries_used": Job.tries_used - 1}
+    _requeue(session, _held(claim), claim, now, "released", error, changes)
 
 
 def acknowledge_cancel(session: Session, claim: Claim, *, now: datetime) -> None:

@@ -175,7 +175,7 @@ class Attempt(Row):
     started_at: Mapped[datetime] = mapped_column(UtcDateTime)
     finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     outcome: Mapped[str | None] = mapped_column(String(12))
-    """succeeded, retryable, fatal, canceled, released (given back at shutdown) or lost; None while it runs."""
+    """succeeded, retryable, fatal, canceled, released (given back uncounted) or lost; None while it runs."""
     error_code: Mapped[str | None] = mapped_column(String(40))
     error_detail: Mapped[str | None] = mapped_column(Text)
     timings: Mapped[dict[str, float] | None] = mapped_column(JSON)

@@ -36,6 +36,7 @@ from shared.errors import (
     InternalError,
     OutOfMemory,
     StaleAttempt,
+    Unavailable,
 )
 from shared.jobs import Claim, JobResult
 from shared.models import Job
@@ -54,6 +55,9 @@ BAND_SECONDS = 0.1
 
 FINISH_RATHER_THAN_RELEASE_SECONDS = 5.0
 """A worker that stops finishes what will take no longer: doing it all again elsewhere would cost more."""
+
+SERVER_AWAY_SECONDS = 10.0
+"""How long a job waits that met a server which did not answer."""
 
 STORE_BYTES_PER_SECOND = 1_000_000
 """A slow line to object storage: what the lease is asked for before an upload, which then renews it as bytes go."""
@@ -92,7 +96,10 @@ class Canceled:
 
 @dataclass(frozen=True)
 class Released:
-    """The worker is asked to stop: the job goes back to its queue, and this attempt does not count."""
+    """The job goes back to its queue and this attempt does not count: the worker is asked to stop, or a server it
+    depends on does not answer, which `error` names."""
+
+    error: EnlargerError | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,9 @@ def decide(error: BaseException, *, on_gpu: bool, priority: str) -> Outcome:
             return Retryable(error, queue=f"cpu.{priority}")
         case MemoryError():
             return Retryable(OutOfMemory("The worker ran out of memory."))
+        case Unavailable() if error.retryable:
+            # Not the job's fault, and perhaps every job's lot for hours: they wait, and none uses up its attempts.
+            return Released(error)
         case EnlargerError():
             return Retryable(error) if error.retryable else Fatal(error)
         case _:
@@ -477,8 +487,8 @@ class Executor:
                 jobs.fail(session, claim, error, retry_delay_seconds=self._settings.retry_delay_seconds, now=now)
             case Canceled():
                 jobs.acknowledge_cancel(session, claim, now=now)
-            case Released():
-                jobs.release(session, claim, now=now)
+            case Released(error):
+                jobs.release(session, claim, error=error, delay_seconds=SERVER_AWAY_SECONDS if error else 0.0, now=now)
             case Superseded():
                 pass
             case _:

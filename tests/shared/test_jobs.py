@@ -27,6 +27,7 @@ from shared.errors import (
     OutOfMemory,
     QueueFull,
     StaleAttempt,
+    StorageUnavailable,
 )
 from shared.jobs import Claim
 from shared.models import TERMINAL_STATES, Attempt, Batch, BlobRemoval, Delivery, Job, JobState
@@ -640,6 +641,17 @@ def test_an_attempt_given_back_at_shutdown_does_not_count(database: Database, no
             assert (job.state, job.attempt, job.tries_used) == (JobState.QUEUED, number, 0)
             assert (job.run_after, job.published_at, job.published_count) == (None, None, 0)
         assert {outcome for _, outcome in attempts(session, job.id)} == {"released"}
+
+
+def test_a_server_that_is_away_puts_a_job_off_without_counting(database: Database, now: datetime) -> None:
+    with database.transaction() as session:
+        job = a_job(session, a_key(session, now), now, max_attempts=1)
+        claim = a_claim(session, job.id, now)
+        jobs.release(session, claim, error=StorageUnavailable("away"), delay_seconds=10, now=now)
+        session.refresh(job)
+        assert (job.state, job.tries_used, job.run_after) == (JobState.QUEUED, 0, now + timedelta(seconds=10))
+        attempt = session.scalars(select(Attempt).where(Attempt.job_id == job.id)).one()
+        assert (attempt.outcome, attempt.error_code) == ("released", "storage-unavailable")
 
 
 # --- rescue ---------------------------------------------------------------------------------------------------------

@@ -75,8 +75,8 @@ from worker.execute import (
         (BlobMissing("gone"), Fatal),
         (OutOfMemory("small"), Retryable),
         (BadOutput("NaN"), Retryable),
-        (StorageUnavailable("away"), Retryable),
-        (DatabaseUnavailable("away"), Retryable),
+        (StorageUnavailable("away"), Released),
+        (DatabaseUnavailable("away"), Released),
         (DeviceBroken("broken"), Retryable),
         (MemoryError(), Retryable),
         (ZeroDivisionError(), Retryable),
@@ -465,8 +465,10 @@ def test_storage_that_is_away_puts_the_job_off(bench: Bench, monkeypatch: pytest
     monkeypatch.setattr(bench.storage, "put", put)
     bench.executor.run(job_id)
     job = bench.job(job_id)
-    assert job.state == JobState.QUEUED
+    # However long it stays away, the job uses up none of its attempts.
+    assert (job.state, job.attempt, job.tries_used) == (JobState.QUEUED, 1, 0)
     assert job.run_after is not None
+    assert bench.attempts(job_id) == ["released"]
 
 
 def test_output_that_is_bad_is_tried_again(bench: Bench) -> None:

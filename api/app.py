@@ -45,7 +45,8 @@ def create_app(settings: Settings | None = None) -> Flask:
     context = Context(
         settings=settings,
         database=database,
-        storage=Storage(settings),
+        # A request must not hang on frozen storage: two tries of 3 s and a pause, then an honest 503 within 10 s.
+        storage=Storage(settings, silence_seconds=min(3.0, settings.storage_timeout_seconds), tries=2),
         broker=broker,
         hurrier=Hurrier(broker, database),
         outgoing=GuardedClient(settings.allow_private_addresses),

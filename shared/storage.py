@@ -43,13 +43,15 @@ class Storage:
     such key.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, silence_seconds: float | None = None, tries: int = 3) -> None:
+        """`silence_seconds` (None: the setting) ends a try, and `tries` are made: how long a caller can be held."""
+        silence_seconds = silence_seconds or settings.storage_timeout_seconds
         self.bucket = settings.storage_bucket
         self._link_seconds = settings.presigned_link_seconds
         config = Config(
-            connect_timeout=min(3.0, settings.storage_timeout_seconds),
-            read_timeout=settings.storage_timeout_seconds,
-            retries={"mode": "standard", "max_attempts": 3},
+            connect_timeout=min(3.0, silence_seconds),
+            read_timeout=silence_seconds,
+            retries={"mode": "standard", "total_max_attempts": tries},
             max_pool_connections=50,
             signature_version="s3v4",
             # Path style: an embedded or self-hosted server has no wildcard DNS for its buckets.

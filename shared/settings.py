@@ -127,7 +127,9 @@ class Settings(BaseSettings):
     tile_memory_bytes: int = Field(
         1_000_000_000, gt=0, description="Memory one network call may take for its activations."
     )
-    models_dir: str = Field("", description="Folder of your own weights (`.safetensors`, `.pth`).")
+    models_dir: str = Field(
+        "", description="Kept for your own weights (`.safetensors`, `.pth`); no worker reads it yet."
+    )
 
     # Webhooks.
     webhook_timeout_seconds: float = Field(15.0, gt=0, description="Longest time for one webhook delivery.")

@@ -70,11 +70,13 @@ def create_app(settings: Settings | None = None) -> Flask:
     problems.install(app)
     app.before_request(_begin)
     app.after_request(_Finish(settings))
+    # One for both who ask: its threads are what a server that hangs may hold.
+    servers = health.Servers(context)
     app.register_blueprint(v1.blueprint(context))
-    app.register_blueprint(health.blueprint(context))
+    app.register_blueprint(health.blueprint(context, servers))
     app.register_blueprint(openapi.blueprint(v1.HANDLERS))
     app.register_blueprint(web.blueprint(context))
-    app.register_blueprint(dashboard.blueprint(context))
+    app.register_blueprint(dashboard.blueprint(context, servers))
     if settings.trusted_proxies:
         hops = settings.trusted_proxies
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops, x_host=hops)  # type: ignore[method-assign]

@@ -34,11 +34,10 @@ OVERVIEW_PARTS = ("health", "counts", "queues", "workers", "jobs")
 JOB_PARTS = ("job_head", "attempts", "deliveries")
 
 
-def blueprint(context: Context) -> Blueprint:
+def blueprint(context: Context, servers: Servers) -> Blueprint:
     pages = Blueprint("dashboard", __name__)
     as_pages(pages)
     settings, database = context.settings, context.database
-    servers = Servers(context)
 
     @pages.before_request
     def operators_only() -> None:

@@ -19,9 +19,8 @@ from shared.telemetry import METRICS
 PATIENCE_SECONDS = 2.0
 
 
-def blueprint(context: Context) -> Blueprint:
+def blueprint(context: Context, servers: Servers) -> Blueprint:
     health = Blueprint("health", __name__)
-    servers = Servers(context)
     health.add_url_rule("/livez", "livez", lambda: jsonify(status="alive"))
     health.add_url_rule("/readyz", "readyz", lambda: _readyz(servers))
     health.add_url_rule("/metrics", "metrics", lambda: _metrics(context))

@@ -86,16 +86,12 @@ def request_sha256(route: str, asked: dict[str, Any], picture_sha256s: list[str]
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def reserve(
-    database: Database, *, owner_key_id: str, key: str | None, sha256: str, ttl_seconds: int
-) -> Reservation | Replay:
+def reserve(database: Database, *, owner_key_id: str, key: str, sha256: str, ttl_seconds: int) -> Reservation | Replay:
     """Takes the key for this request, or finds the answer it was given before.
 
     Raises IdempotencyMismatch where the key was used for another request, IdempotencyInProgress where the first one
     has not been answered yet.
     """
-    if key is None:
-        return Reservation(None)
     try:
         with database.transaction() as session:
             return _reserve(session, owner_key_id, key, sha256, ttl_seconds, clock(session))

@@ -78,7 +78,7 @@ from shared.errors import (
     UploadRejected,
 )
 from shared.jobs import JobOptions
-from shared.models import TERMINAL_STATES, Batch, Delivery, Endpoint, Job, JobState
+from shared.models import Batch, Delivery, Endpoint, Job, JobState
 from shared.queries import JobFilter, Pulse
 from shared.storage import content_disposition
 from shared.telemetry import log
@@ -145,7 +145,8 @@ def create_job(context: Context, caller: Caller) -> Response:
         stored = uploads.store(context, caller.key_id, source, _aim(wanted, card), now=_now(context))
         with _discarded_on_error(context, [stored]), context.database.transaction() as session:
             now = clock(session)
-            options = _options(context, session, wanted, card, reason, stored, now=now)
+            queue = _queue(context, session, wanted.device, wanted.priority, now=now)
+            options = _options(context, wanted, card, reason, stored, queue=queue)
             job = _submit(context, session, caller, options, stored, now=now)
             view: dict[str, Any] = queries.job_view(job, queue_position=queries.queue_position(session, job))
             location = f"/v1/jobs/{job.id}"
@@ -200,10 +201,11 @@ def create_batch(context: Context, caller: Caller) -> Response:
             )
             session.add(batch)
             session.flush()
+            queue = _queue(context, session, settings.device, settings.priority, now=now)
             made = []
             for one, name in zip(stored, names, strict=True):
                 wanted = settings.model_copy(update={"external_id": name or settings.external_id})
-                options = _options(context, session, wanted, card, reason, one, batch_id=batch.id, now=now)
+                options = _options(context, wanted, card, reason, one, queue=queue, batch_id=batch.id)
                 made.append(_submit(context, session, caller, options, one, now=now))
             view: dict[str, Any] = queries.batch_view(session, batch)
             location = f"/v1/batches/{batch.id}"
@@ -357,7 +359,7 @@ def get_result(context: Context, caller: Caller, job_id: str) -> Response:
     """A redirect to a link that is good for a while; where clients cannot reach storage, the picture itself (200)."""
     with context.database.reading() as session:
         job = queries.owned_job(session, job_id, caller.key_id)
-    if job.state not in TERMINAL_STATES:
+    if not queries.is_finished(job):
         raise JobNotFinished(f"The job is {job.state}.", status_now=str(job.state))
     if job.result_key is None or job.state != JobState.SUCCEEDED:
         raise JobHasNoResult(f"The job is {job.state}: there is no picture.", status_now=str(job.state))
@@ -698,7 +700,8 @@ def _reserve(
     if key is None:
         return Reservation(None)
     content = [
-        uploads.sha256_of(s.body) if s.body is not None else f"{s.image_url or ''}|{s.upload_id or ''}" for s in sources
+        uploads.sha256_of(s.body.stream) if s.body is not None else f"{s.image_url or ''}|{s.upload_id or ''}"
+        for s in sources
     ]
     return idempotency.reserve(
         context.database,
@@ -780,13 +783,12 @@ def _discarded_on_error(context: Context, stored: Sequence[Stored]) -> Iterator[
 
 def _options(
     context: Context,
-    session: Session,
     wanted: JobSettings,
     card: ModelCard,
     reason: str,
     stored: Stored,
     *,
-    now: datetime,
+    queue: str,
     batch_id: str | None = None,
 ) -> JobOptions:
     """What was asked for, with everything that was left to us decided."""
@@ -795,7 +797,7 @@ def _options(
         model=card.name,
         scale=scale,
         format=stored.format,
-        queue=_queue(context, session, wanted.device, wanted.priority, now=now),
+        queue=queue,
         routing_reason=reason,
         classify=wanted.classify,
         quality=wanted.quality,

@@ -64,10 +64,7 @@ def owe(session: Session, job: Job, event_type: str, now: datetime) -> list[str]
 
     The payload is the job as it stands in `session` now. Returns the ids.
     """
-    addresses: list[tuple[str, str, str | None]] = []
-    if job.webhook_url and event_type in job.webhook_events:
-        addresses.append((job.webhook_url, job.owner_key_id, None))
-    addresses += [(e.url, e.id, e.id) for e in _endpoints(session, job.owner_key_id, event_type)]
+    addresses = _wanting(session, job, event_type)
     if not addresses:
         return []
     payload = _payload(event_type, job_view(job), now)
@@ -76,10 +73,7 @@ def owe(session: Session, job: Job, event_type: str, now: datetime) -> list[str]
 
 def owe_batch(session: Session, batch: Batch, now: datetime) -> list[str]:
     """Records `batch.completed` for the batch's own address and the endpoints that want it."""
-    addresses: list[tuple[str, str, str | None]] = []
-    if batch.webhook_url:
-        addresses.append((batch.webhook_url, batch.owner_key_id, None))
-    addresses += [(e.url, e.id, e.id) for e in _endpoints(session, batch.owner_key_id, "batch.completed")]
+    addresses = _addresses(session, batch.owner_key_id, batch.webhook_url, "batch.completed")
     if not addresses:
         return []
     payload = _payload("batch.completed", batch_view(session, batch), now)
@@ -92,15 +86,12 @@ def owe_batch(session: Session, batch: Batch, now: datetime) -> list[str]:
 def owe_test(session: Session, endpoint: Endpoint, now: datetime) -> str:
     """Records one test event for the endpoint, whatever its filter says. Returns the delivery's id."""
     payload = _payload(TEST_EVENT, {"endpoint_id": endpoint.id}, now)
-    address = (endpoint.url, endpoint.id, endpoint.id)
-    return _add(session, endpoint.owner_key_id, address, TEST_EVENT, payload, now)
+    return _add(session, endpoint.owner_key_id, _Address.of(endpoint), TEST_EVENT, payload, now)
 
 
 def wants(session: Session, job: Job, event_type: str) -> bool:
     """Somebody is to be told of this event of this job."""
-    if job.webhook_url and event_type in job.webhook_events:
-        return True
-    return bool(_endpoints(session, job.owner_key_id, event_type))
+    return bool(_wanting(session, job, event_type))
 
 
 def due(session: Session, *, resend_after_seconds: float, now: datetime, limit: int = 200) -> list[str]:
@@ -270,7 +261,25 @@ def resend(session: Session, delivery_id: str, *, now: datetime) -> Delivery:
     return session.get_one(Delivery, delivery_id, populate_existing=True)
 
 
-def _endpoints(session: Session, owner_key_id: str, event_type: str) -> list[Endpoint]:
+@dataclass(frozen=True)
+class _Address:
+    url: str
+    secret_id: str
+    endpoint_id: str | None
+    """None for the address that a job or batch brought along; its key's secret signs for it."""
+
+    @staticmethod
+    def of(endpoint: Endpoint) -> _Address:
+        return _Address(endpoint.url, endpoint.id, endpoint.id)
+
+
+def _wanting(session: Session, job: Job, event_type: str) -> list[_Address]:
+    own_url = job.webhook_url if event_type in job.webhook_events else None
+    return _addresses(session, job.owner_key_id, own_url, event_type)
+
+
+def _addresses(session: Session, owner_key_id: str, own_url: str | None, event_type: str) -> list[_Address]:
+    """`own_url`, where there is one, and the key's standing endpoints that want this event."""
     # Held until the caller commits: an endpoint deleted between this look and the new row, which names it, would
     # fail the whole transaction, and with it a job's end.
     standing = session.scalars(
@@ -278,7 +287,8 @@ def _endpoints(session: Session, owner_key_id: str, event_type: str) -> list[End
         .where(Endpoint.owner_key_id == owner_key_id, Endpoint.disabled_at.is_(None))
         .with_for_update(read=True, key_share=True)
     )
-    return [endpoint for endpoint in standing if event_type in endpoint.events]
+    own = [_Address(own_url, owner_key_id, None)] if own_url else []
+    return own + [_Address.of(endpoint) for endpoint in standing if event_type in endpoint.events]
 
 
 def _payload(event_type: str, data: Mapping[str, Any], now: datetime) -> dict[str, Any]:
@@ -288,7 +298,7 @@ def _payload(event_type: str, data: Mapping[str, Any], now: datetime) -> dict[st
 def _add(
     session: Session,
     owner_key_id: str,
-    address: tuple[str, str, str | None],
+    address: _Address,
     event_type: str,
     payload: dict[str, Any],
     now: datetime,
@@ -296,15 +306,14 @@ def _add(
     job_id: str | None = None,
     batch_id: str | None = None,
 ) -> str:
-    url, secret_id, endpoint_id = address
     delivery = Delivery(
         id=new_id("msg", now),
         owner_key_id=owner_key_id,
         job_id=job_id,
         batch_id=batch_id,
-        endpoint_id=endpoint_id,
-        url=url,
-        secret_id=secret_id,
+        endpoint_id=address.endpoint_id,
+        url=address.url,
+        secret_id=address.secret_id,
         type=event_type,
         payload=payload,
         state=DeliveryState.PENDING,

@@ -58,7 +58,7 @@ def run(steps: Sequence[Step], stopping: threading.Event) -> bool:
 
 
 def _repeat(step: Step, stopping: threading.Event, failed: threading.Event) -> None:
-    is_well = is_put_off = False
+    is_put_off = False
     try:
         while not stopping.is_set():
             try:
@@ -73,11 +73,10 @@ def _repeat(step: Step, stopping: threading.Event, failed: threading.Event) -> N
                     log.info("relay.step_resumed", step=step.name)
                 is_put_off = False
             stopping.wait(step.interval_seconds)
-        is_well = True
-    finally:
-        if not is_well:
-            failed.set()
-            stopping.set()
+    except Exception:
+        log.exception("relay.step_failed", step=step.name)
+        failed.set()
+        stopping.set()
 
 
 def steps(database: Database, broker: Broker, settings: Settings, stopping: threading.Event) -> list[Step]:

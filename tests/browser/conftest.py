@@ -10,15 +10,16 @@ import re
 import shutil
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import pytest
+from flask import Flask
 from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Page, Request, Response, expect, sync_playwright
 from sqlalchemy import select
@@ -34,6 +35,9 @@ from shared.settings import Settings
 from shared.storage import Storage
 from shared.workers import WorkerFacts
 from tests.factories import a_png, options, picture
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
 # Quiet: a browser that asks its maker for updates would fail where nothing may be reached.
@@ -93,6 +97,22 @@ class _Server(ThreadedWSGIServer):
         super().server_close()
 
 
+def _read_at_once(app: Flask) -> WSGIApplication:
+    """The application with every body but an event stream read before it is sent: where a browser drops a connection,
+    Werkzeug's server can forget to close what it was sending, and the open file would fail some later test."""
+
+    def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        body = app(environ, start_response)
+        if str(environ["PATH_INFO"]).endswith("/events"):
+            return body
+        try:
+            return [b"".join(body)]
+        finally:
+            body.close()  # type: ignore[attr-defined]
+
+    return answer
+
+
 class Site:
     """The running service and the hands of a test in it."""
 
@@ -111,7 +131,7 @@ class Site:
 
     def start(self) -> None:
         """Also again, on the port it had."""
-        self._server = _Server("127.0.0.1", self._port, self._app)
+        self._server = _Server("127.0.0.1", self._port, _read_at_once(self._app))
         self._port = self._server.server_address[1]
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), name="site")
         self._thread.start()

@@ -77,7 +77,6 @@ def test_a_step_that_hangs_holds_up_no_other_nor_the_end() -> None:
     never.set()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_fault_of_ours_ends_the_relay_so_that_its_supervisor_starts_it_afresh() -> None:
     def faulty() -> None:
         raise ZeroDivisionError

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
+from datetime import timedelta
 
 from flask import Blueprint, Response, jsonify
 
@@ -77,14 +79,27 @@ def _metrics(context: Context) -> Response:
         depths = queries.queue_depths(
             session, worker_lost_after_seconds=context.settings.worker_lost_after_seconds, now=now
         )
+        alive = Counter(
+            worker.kind
+            for worker in queries.live_workers(
+                session, worker_lost_after_seconds=context.settings.worker_lost_after_seconds, now=now
+            )
+        )
+        lapsed = queries.lapsed_leases(session, now=now)
+        ended = queries.ended_by_state(session, since=now - timedelta(hours=1))
         pending = queries.deliveries_pending(session)
+        removals = queries.blob_removals_due(session, now=now)
     values: dict[str, list[tuple[str, float]]] = {
         "enlarger_jobs": [(f'{{state="{state}"}}', count) for state, count in states.items()],
         "enlarger_queue_depth": [(f'{{queue="{d.queue}"}}', d.queued) for d in depths],
         "enlarger_queue_oldest_seconds": [(f'{{queue="{d.queue}"}}', d.oldest_seconds or 0.0) for d in depths],
         "enlarger_queue_running": [(f'{{queue="{d.queue}"}}', d.running) for d in depths],
         "enlarger_queue_live_workers": [(f'{{queue="{d.queue}"}}', d.live_workers) for d in depths],
+        "enlarger_live_workers": [(f'{{kind="{kind}"}}', alive[kind]) for kind in ("images", "chores", "relay")],
+        "enlarger_lapsed_leases": [("", lapsed)],
+        "enlarger_jobs_ended_hour": [(f'{{state="{state}"}}', count) for state, count in ended.items()],
         "enlarger_deliveries_pending": [("", pending)],
+        "enlarger_blob_removals_due": [("", removals)],
     }
     lines = []
     for name, (kind, text) in METRICS.items():

@@ -65,6 +65,8 @@ def celery_app(settings: Settings) -> Celery:
             # The default None hangs a publish for ever on a frozen Redis.
             "socket_timeout": 5,
             "socket_connect_timeout": 2,
+            # A peer that went away without a word (a pulled cable, a lost NAT entry) is noticed; a blocking BRPOP says
+            # nothing for as long as the queue is empty.
             "socket_keepalive": True,
             "health_check_interval": 10,
             # A retry after a lost reply would repeat the LPUSH: one more duplicate for nothing.
@@ -72,8 +74,10 @@ def celery_app(settings: Settings) -> Celery:
             # Interactive queues come first in the worker's list and are emptied first.
             "queue_order_strategy": "priority",
         },
+        # A worker outlives any outage of Redis, also one in which it is started: the default gives up after 100 tries.
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
+        # A publisher that finds every connection in use fails, and the relay sends later; the default waits for ever.
         broker_pool_acquire_timeout=2,
         # The relay retries, in one place.
         task_publish_retry=False,
@@ -83,6 +87,7 @@ def celery_app(settings: Settings) -> Celery:
         task_acks_on_timeout=True,
         # A poison job put back by the broker crashed 55 children in 12 s; SQL counts attempts instead.
         task_reject_on_worker_lost=False,
+        # A message held back by a busy worker could be running on an idle one.
         worker_prefetch_multiplier=1,
         # Solo loses the running job at a soft shutdown and knows no hard limit.
         worker_pool="prefork",
@@ -95,8 +100,10 @@ def celery_app(settings: Settings) -> Celery:
         # Nothing of ours asks workers through Redis: SQL knows who is alive.
         worker_enable_remote_control=False,
         worker_send_task_events=False,
+        # What a job came to is a row. A result in Redis would be a second truth that nobody reads.
         task_ignore_result=True,
         result_backend=None,
+        # Pickle would let whoever can write to Redis run code in workers.
         task_serializer="json",
         accept_content=["json"],
         # A typing error in a queue's name must fail, not make a queue nobody reads.

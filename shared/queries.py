@@ -14,7 +14,18 @@ from sqlalchemy import Select, and_, case, func, or_, select
 from sqlalchemy.orm import Session, aliased
 
 from shared.errors import InvalidRequest, NotFound
-from shared.models import TERMINAL_STATES, ApiKey, Attempt, Batch, Delivery, DeliveryState, Job, JobState, Worker
+from shared.models import (
+    TERMINAL_STATES,
+    ApiKey,
+    Attempt,
+    Batch,
+    BlobRemoval,
+    Delivery,
+    DeliveryState,
+    Job,
+    JobState,
+    Worker,
+)
 
 IMAGE_QUEUES = ("gpu.interactive", "gpu.bulk", "cpu.interactive", "cpu.bulk")
 
@@ -374,6 +385,28 @@ def run_history(session: Session, model: str, *, sample: int = 200) -> RunHistor
 def percentile(ordered: Sequence[float], share: float) -> float:
     """Nearest-rank percentile of values in ascending order."""
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+def lapsed_leases(session: Session, *, now: datetime) -> int:
+    """How many running jobs have a lease that has passed and have not been given back."""
+    lapsed = select(func.count()).where(Job.state == JobState.RUNNING, Job.lease_until < now)
+    return session.scalar(lapsed) or 0
+
+
+def ended_by_state(session: Session, *, since: datetime) -> dict[str, int]:
+    """How many jobs ended after `since`, in each final state."""
+    rows = session.execute(
+        select(Job.state, func.count().label("jobs"))
+        .where(Job.state.in_(TERMINAL_STATES), Job.finished_at > since)
+        .group_by(Job.state)
+    )
+    found = {row.state: row.jobs for row in rows}
+    return {str(state): found.get(state, 0) for state in JobState if state in TERMINAL_STATES}
+
+
+def blob_removals_due(session: Session, *, now: datetime) -> int:
+    """How many prefixes of storage should have been emptied by now."""
+    return session.scalar(select(func.count()).select_from(BlobRemoval).where(BlobRemoval.due_at < now)) or 0
 
 
 def deliveries_pending(session: Session) -> int:

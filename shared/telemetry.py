@@ -20,7 +20,11 @@ METRICS: dict[str, tuple[str, str]] = {
     "enlarger_queue_oldest_seconds": ("gauge", "Age of the oldest queued job by image queue."),
     "enlarger_queue_running": ("gauge", "Running jobs by image queue."),
     "enlarger_queue_live_workers": ("gauge", "Live workers by image queue; 0 with jobs queued needs a person."),
+    "enlarger_live_workers": ("gauge", "Live processes by kind: images, chores, relay."),
+    "enlarger_lapsed_leases": ("gauge", "Running jobs whose lease has passed; the relay takes them back in seconds."),
+    "enlarger_jobs_ended_hour": ("gauge", "Jobs that ended within the last hour, by state."),
     "enlarger_deliveries_pending": ("gauge", "Webhook deliveries owed and not finished."),
+    "enlarger_blob_removals_due": ("gauge", "Prefixes of storage whose removal is due and not done."),
 }
 
 

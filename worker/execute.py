@@ -373,7 +373,7 @@ class Executor:
         outcome: Outcome
         try:
             outcome = Succeeded(self._work(claim, job, queued_seconds, device, self._lifeline))
-        except BaseException as error:  # noqa: BLE001 - the project's one: whatever it is, it becomes an Outcome
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it becomes an Outcome
             outcome = decide(error, on_gpu=device == "gpu", priority=job.priority)
             self.must_end = isinstance(error, DeviceBroken | SystemExit)
             _log_broken_off(error, outcome)

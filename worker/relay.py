@@ -73,7 +73,7 @@ def _repeat(step: Step, stopping: threading.Event, failed: threading.Event) -> N
                     log.info("relay.step_resumed", step=step.name)
                 is_put_off = False
             stopping.wait(step.interval_seconds)
-    except Exception:
+    except Exception:  # noqa: BLE001  (logged in full; the process ends and is started afresh)
         log.exception("relay.step_failed", step=step.name)
         failed.set()
         stopping.set()

@@ -418,3 +418,34 @@ def test_the_oldest_jobs_are_published_first_in_bounded_numbers(sqlite_database:
         found = queries.unpublished(session, generation="g", resend_after={}, now=now, limit=2)
         assert [job.id for job in found] == ids[:2]
         assert session.scalars(select(Job.published_at)).all() == [None] * 3, "a question changes nothing"
+
+
+# --- alarms ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_lease_that_has_passed_counts_until_the_relay_has_seen_it(database: Database, now: datetime) -> None:
+    with database.transaction() as session:
+        made = a_job(session, a_key(session, now), now)
+        a_claim(session, made.id, now)
+        assert queries.lapsed_leases(session, now=now) == 0
+        later = now + 60 * SECOND
+        assert queries.lapsed_leases(session, now=later) == 1
+        jobs.rescue_lost(session, retry_delay_seconds=0, now=later)
+        assert queries.lapsed_leases(session, now=later) == 0
+
+
+def test_what_ended_lately_is_counted_by_how_it_ended(database: Database, now: datetime) -> None:
+    with database.transaction() as session:
+        key = a_key(session, now)
+        for state in (JobState.SUCCEEDED, JobState.SUCCEEDED, JobState.FAILED, JobState.QUEUED):
+            a_job_in(state, session, key, now)
+        ended = queries.ended_by_state(session, since=now - 3600 * SECOND)
+        assert ended == {"succeeded": 2, "failed": 1, "canceled": 0, "expired": 0}
+        assert sum(queries.ended_by_state(session, since=now).values()) == 0
+
+
+def test_removals_of_blobs_count_once_they_are_due(database: Database, now: datetime) -> None:
+    with database.transaction() as session:
+        jobs.owe_blob_removal(session, "jobs/a", now=now)
+        jobs.owe_blob_removal(session, "jobs/b", now=now + 60 * SECOND)
+        assert queries.blob_removals_due(session, now=now + SECOND) == 1

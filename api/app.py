@@ -64,7 +64,8 @@ def create_app(settings: Settings | None = None) -> Flask:
         # A batch sends each picture as a part, and a few fields beside them.
         MAX_FORM_PARTS=settings.max_batch_items + 100,
         MAX_CONTENT_LENGTH=settings.max_upload_bytes + FORM_OVERHEAD_BYTES,
-        SESSION_COOKIE_NAME="enlarger",
+        # The prefix has the browser see to it that the cookie came over TLS and from this very host.
+        SESSION_COOKIE_NAME="__Host-enlarger" if settings.cookie_secure else "enlarger",
         SESSION_COOKIE_HTTPONLY=True,
         SESSION_COOKIE_SAMESITE="Lax",
         SESSION_COOKIE_SECURE=settings.cookie_secure,

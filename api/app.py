@@ -19,6 +19,7 @@ from shared import settings as settings_module
 from shared.db import Database
 from shared.outbox import Broker, Hurrier
 from shared.outgoing import GuardedClient
+from shared.sandbox import Sandbox
 from shared.settings import Settings
 from shared.storage import Storage
 from shared.telemetry import configure_logs, log
@@ -35,9 +36,12 @@ def create_app(settings: Settings | None = None) -> Flask:
 
     Raises ValueError where there is no secret key: sessions and webhook signatures would be anybody's to forge.
     """
+    sandbox = Sandbox("shared.pictures")
     if settings is None:
         settings = settings_module.load()
         configure_logs(settings.log_level, settings.log_format)
+        # A process of the service warms it up beforehand: the first picture need not wait for that.
+        sandbox.start()
     if not settings.secret_key:
         raise ValueError("ENLARGER_SECRET_KEY is not set; any 32 random characters will do, the same on every host.")
     database = Database(settings.sqlalchemy_url)
@@ -52,6 +56,7 @@ def create_app(settings: Settings | None = None) -> Flask:
         outgoing=GuardedClient(settings.allow_private_addresses),
         seats=Seats(settings.api_threads),
         limits=RateLimits(settings),
+        sandbox=sandbox,
     )
     app = Flask("api")
     app.config.update(
@@ -59,7 +64,8 @@ def create_app(settings: Settings | None = None) -> Flask:
         # A batch sends each picture as a part, and a few fields beside them.
         MAX_FORM_PARTS=settings.max_batch_items + 100,
         MAX_CONTENT_LENGTH=settings.max_upload_bytes + FORM_OVERHEAD_BYTES,
-        SESSION_COOKIE_NAME="enlarger",
+        # The prefix has the browser see to it that the cookie came over TLS and from this very host.
+        SESSION_COOKIE_NAME="__Host-enlarger" if settings.cookie_secure else "enlarger",
         SESSION_COOKIE_HTTPONLY=True,
         SESSION_COOKIE_SAMESITE="Lax",
         SESSION_COOKIE_SECURE=settings.cookie_secure,

@@ -22,7 +22,7 @@ from shared.models import ApiKey
 CSRF_HEADER = "X-CSRF-Token"
 CSRF_FIELD = "csrf_token"
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
-_SESSION_KEY_ID = "key_id"
+_SESSION_TOKEN = "token"
 _SESSION_CSRF = "csrf"
 
 
@@ -56,21 +56,37 @@ def caller(context: Context, scope: str | None = None) -> Caller:
     return known
 
 
-def sign_in(key_id: str) -> None:
-    """Begins a page's session for this key. The caller has checked the key or the sign-in link."""
+def sign_in(context: Context, key_id: str) -> None:
+    """Begins a page's session for this key, always another one than before: what somebody may have planted or kept of
+    an earlier one is worth nothing. The caller has checked the key or the sign-in link. Raises Unauthorized where the
+    key has ended."""
+    with context.database.transaction() as writing:
+        now = clock(writing)
+        keys.by_id(writing, key_id, now=now)
+        keys.end_session(writing, session.get(_SESSION_TOKEN, ""))
+        token = keys.begin_session(writing, key_id, seconds=context.settings.session_seconds, now=now)
     session.clear()
     session.permanent = True
-    session[_SESSION_KEY_ID] = key_id
+    session[_SESSION_TOKEN] = token
     session[_SESSION_CSRF] = secrets.token_urlsafe(24)
 
 
-def sign_out() -> None:
+def sign_out(context: Context) -> None:
+    """Ends the session on the server: a copy of its cookie is worth nothing either."""
+    with context.database.transaction() as writing:
+        keys.end_session(writing, session.get(_SESSION_TOKEN, ""))
     session.clear()
+
+
+def begin_form() -> None:
+    """Before anybody is signed in: gives the browser a token that the sign-in form has to bring back."""
+    if not csrf_token():
+        session[_SESSION_CSRF] = secrets.token_urlsafe(24)
 
 
 def csrf_token() -> str:
     """The session's token, for the X-CSRF-Token header of scripts and the `csrf_token` field of forms; "" before
-    sign-in."""
+    there is one."""
     return str(session.get(_SESSION_CSRF, ""))
 
 
@@ -82,16 +98,17 @@ def _identify(context: Context) -> Caller:
             raise Unauthorized("The Authorization header must be `Bearer <key>`.")
         with context.database.reading() as reading:
             return _caller_of(keys.authenticate(reading, secret.strip(), now=clock(reading)), by_session=False)
-    key_id = session.get(_SESSION_KEY_ID)
-    if key_id is None:
+    token = session.get(_SESSION_TOKEN)
+    if not isinstance(token, str):
         raise Unauthorized("Send an API key as `Authorization: Bearer <key>`.")
     if request.method not in _SAFE_METHODS:
-        _check_csrf()
+        check_csrf()
     with context.database.reading() as reading:
-        return _caller_of(keys.by_id(reading, key_id, now=clock(reading)), by_session=True)
+        return _caller_of(keys.by_session(reading, token, now=clock(reading)), by_session=True)
 
 
-def _check_csrf() -> None:
+def check_csrf() -> None:
+    """Raises Forbidden where a request that changes something does not carry the session's token."""
     sent = request.headers.get(CSRF_HEADER)
     # A form's field is looked for in small forms only: an upload must not be read to learn whether it may be read.
     if sent is None and request.mimetype == "application/x-www-form-urlencoded":

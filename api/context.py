@@ -10,6 +10,7 @@ from api.limits import RateLimits
 from shared.db import Database
 from shared.outbox import Broker, Hurrier
 from shared.outgoing import GuardedClient
+from shared.sandbox import Sandbox
 from shared.settings import Settings
 from shared.storage import Storage
 
@@ -49,10 +50,13 @@ class Context:
     outgoing: GuardedClient
     seats: Seats
     limits: RateLimits
+    sandbox: Sandbox
+    """Where pictures' headers are read."""
 
     def close(self) -> None:
         """Sends what still waits and gives back connections. Requests under way fail; call it when no more come."""
         self.hurrier.close()
+        self.sandbox.close()
         self.limits.close()
         self.broker.close()
         self.storage.close()

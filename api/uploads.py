@@ -1,8 +1,8 @@
 """A body, a URL or a presigned upload -> a checked blob under the job's own key. Everything refused here costs no job.
 
 The order is that of cost: bytes are counted as they come, the format is read from the first of them, the size from the
-header, and pixels are never decoded in this process. What is stored is what was hashed: a presigned upload is copied to
-a key that nobody outside can write to.
+header, in a child (`shared.sandbox`), and pixels are never decoded for it. What is stored is what was hashed: a
+presigned upload is copied to a key that nobody outside can write to.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def store(context: Context, owner_key_id: str, source: Source, aim: Aim, *, now:
     """
     settings = context.settings
     with _read(context, owner_key_id, source, now=now) as (file, name):
-        facts = pictures.inspect(file)
+        facts = pictures.inspect_in(context.sandbox, file, max_px=settings.max_input_px)
         width, height = pictures.check_size(
             facts,
             aim.scale,

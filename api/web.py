@@ -51,39 +51,54 @@ def blueprint(context: Context) -> Blueprint:
         if token is None:
             return _form(signed_out="signed-out" in request.args)
         try:
-            return _begin(keys.read_sign_in_token(settings.secret_key, token))
+            key_id = keys.read_sign_in_token(settings.secret_key, token)
+            if _comes_from_elsewhere():
+                # Another site's link: it must not put a person into a session of that site's choosing unasked.
+                with context.database.reading() as session:
+                    key = keys.by_id(session, key_id, now=clock(session))
+                return _form(link=token, key_name=key.name)
+            return _begin(key_id)
         except Unauthorized as error:
             return Response(_form(problem=error.detail), 401)
 
     @pages.post("/sign-in")
     def sign_in_with_key() -> AnyResponse:
-        # Nobody is signed in yet, so there is no token to check: the browser's own word stops another site from
-        # signing a person in with that site's key.
-        if request.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site"):
+        """By a key, or by the link that another site led here with."""
+        if _comes_from_elsewhere():
             raise Forbidden("Sign in from this service's own page.")
         try:
+            auth.check_csrf()
+        except Forbidden:
+            return Response(_form(problem="The page had been open for too long. Please try again."), 403)
+        try:
+            if "token" in request.form:
+                return _begin(keys.read_sign_in_token(settings.secret_key, request.form["token"]))
             with context.database.reading() as session:
                 key = keys.authenticate(session, request.form.get("key", "").strip(), now=clock(session))
+            return _begin(key.id)
         except Unauthorized as error:
             return Response(_form(problem=error.detail), 401)
-        return _begin(key.id)
 
     @pages.post("/sign-out")
     def sign_out() -> AnyResponse:
         auth.caller(context)
-        auth.sign_out()
+        auth.sign_out(context)
         return redirect("/sign-in?signed-out", 303)
 
     def _begin(key_id: str) -> AnyResponse:
-        with context.database.reading() as session:
-            keys.by_id(session, key_id, now=clock(session))
-        auth.sign_in(key_id)
+        auth.sign_in(context, key_id)
         # 303: a reload of the page that follows must not send the key again.
         return redirect(own_path(request.values.get("next"), "/"), 303)
 
-    def _form(*, problem: str | None = None, signed_out: bool = False) -> str:
+    def _form(*, problem: str | None = None, signed_out: bool = False, link: str = "", key_name: str = "") -> str:
+        auth.begin_form()
         next = own_path(request.values.get("next"), "/")
-        return render_template("sign_in.html", problem=problem, signed_out=signed_out, next=next)
+        return render_template(
+            "sign_in.html", problem=problem, signed_out=signed_out, next=next, link=link, key_name=key_name
+        )
+
+    def _comes_from_elsewhere() -> bool:
+        return request.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site")
 
     return pages
 

@@ -128,7 +128,7 @@ def migrate() -> None:
 
 @click.group()
 def keys() -> None:
-    """Create, list and revoke API keys."""
+    """Create, list, rotate and revoke API keys."""
 
 
 @keys.command("create")
@@ -181,10 +181,37 @@ def list_keys(as_json: bool) -> None:
     )
 
 
+@keys.command("rotate")
+@click.argument("key_id")
+@click.option(
+    "--hours",
+    type=click.FloatRange(0),
+    default=24.0,
+    show_default=True,
+    help="How long the old secret works on; 0 ends it, and the key's sessions, at once.",
+)
+@as_json
+def rotate_key(key_id: str, hours: float, as_json: bool) -> None:
+    """Give the key KEY_ID another secret and print it. It cannot be shown again.
+
+    The key stays what it was: its jobs, webhooks and scopes are those of the new secret too.
+    """
+    from shared import keys
+
+    with _transaction() as (session, now):
+        key, secret = keys.rotate(session, key_id, overlap_seconds=hours * 3600, now=now)
+        view = {**_key_view(key), "api_key": secret}
+    if as_json:
+        click.echo(json.dumps(view, indent=2))
+    else:
+        old = f"The old one works until {key.previous_ends_at:%Y-%m-%d %H:%M} UTC." if hours else "The old one is dead."
+        click.echo(f"{secret}\n\n{key.id} ({key.name}) has this secret now. Keep it: it cannot be shown again. {old}")
+
+
 @keys.command("revoke")
 @click.argument("key_id")
 def revoke_key(key_id: str) -> None:
-    """End a key at once. Its jobs go on; nobody can ask for them any more."""
+    """End a key and its sessions at once. Its jobs go on; nobody can ask for them any more."""
     from shared import keys
 
     with _transaction() as (session, now):
@@ -291,7 +318,7 @@ def _transaction() -> Iterator[tuple[Session, datetime]]:
 
 
 def _key_view(key: ApiKey) -> dict[str, Any]:
-    moments = {name: getattr(key, name) for name in ("created_at", "expires_at", "revoked_at")}
+    moments = {name: getattr(key, name) for name in ("created_at", "expires_at", "revoked_at", "previous_ends_at")}
     return {
         "id": key.id,
         "name": key.name,

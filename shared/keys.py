@@ -1,6 +1,7 @@
-"""API keys and sign-in links: who is calling.
+"""API keys, sign-in links and the sessions of pages: who is calling.
 
-A key is `enl_` and 160 random bits in base32; shown once, stored as its SHA-256. It carries scopes and may end.
+A key is `enl_` and 160 random bits in base32; shown once, stored as its SHA-256. It carries scopes and may end. It may
+be rotated: the new secret is good at once, the old one for a while longer, and jobs and sessions stay the key's.
 """
 
 from __future__ import annotations
@@ -10,19 +11,20 @@ import hashlib
 import hmac
 import secrets
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from itsdangerous import BadSignature, URLSafeTimedSerializer
-from sqlalchemy import func, literal, select, update
+from sqlalchemy import ColumnElement, delete, func, literal, or_, select, update
 from sqlalchemy.orm import Session
 
 from shared.db import UtcDateTime, new_id
 from shared.errors import InvalidRequest, NotFound, Unauthorized
-from shared.models import ApiKey
+from shared.models import ApiKey, PageSession
 
 SCOPES = ("jobs", "admin")
 KEY_PREFIX = "enl_"
 SIGN_IN_LINK_SECONDS = 86400
+ROTATION_OVERLAP_SECONDS = 86400
 
 
 def create(
@@ -43,7 +45,7 @@ def create(
     if unknown or not scopes:
         raise InvalidRequest(f"A key's scopes are one or more of {', '.join(SCOPES)}.", scopes=list(scopes))
     if secret is None:
-        secret = KEY_PREFIX + base64.b32encode(secrets.token_bytes(20)).decode().lower()
+        secret = _new_secret()
     elif not secret.startswith(KEY_PREFIX) or len(secret) < len(KEY_PREFIX) + 20:
         raise InvalidRequest("A key is `enl_` and at least 20 characters nobody can guess.")
     key = ApiKey(
@@ -61,7 +63,7 @@ def create(
 
 def ensure(session: Session, secret: str, *, name: str, scopes: Sequence[str], now: datetime) -> ApiKey:
     """The key with this secret, made where it is missing: for secrets that come from settings."""
-    found = session.scalar(select(ApiKey).where(ApiKey.secret_sha256 == _sha256(secret)))
+    found = session.scalar(select(ApiKey).where(_has_secret(_sha256(secret))))
     return found or create(session, name=name, scopes=scopes, now=now, secret=secret)[0]
 
 
@@ -71,22 +73,84 @@ def authenticate(session: Session, secret: str, *, now: datetime) -> ApiKey:
     The look-up compares hashes in an index: what its timing could tell is about the hash, which gives nothing away.
     """
     digest = _sha256(secret)
-    key = session.scalar(select(ApiKey).where(ApiKey.secret_sha256 == digest))
-    if key is None or not hmac.compare_digest(key.secret_sha256, digest):
-        raise Unauthorized("The API key is not known, or no longer valid.")
+    key = session.scalar(select(ApiKey).where(_has_secret(digest)))
+    if key is None:
+        raise _unknown()
+    is_present = hmac.compare_digest(key.secret_sha256, digest)
+    is_previous = hmac.compare_digest(key.previous_sha256 or "", digest)
+    overlaps = key.previous_ends_at is not None and now < key.previous_ends_at
+    if not is_present and not (is_previous and overlaps):
+        raise _unknown()
     return _live(key, now)
+
+
+def rotate(session: Session, key_id: str, *, overlap_seconds: float, now: datetime) -> tuple[ApiKey, str]:
+    """Gives the key another secret and returns both; the old one is good for `overlap_seconds` more.
+
+    Two secrets are live at most: one that is still running out from an earlier rotation ends now. With no overlap the
+    key's sessions end too. Raises NotFound, and InvalidRequest for a key that has ended.
+    """
+    key = session.scalar(select(ApiKey).where(ApiKey.id == key_id).with_for_update())
+    if key is None:
+        raise NotFound(f"There is no key {key_id}.")
+    try:
+        _live(key, now)
+    except Unauthorized as error:
+        raise InvalidRequest(f"The key {key_id} has ended; create another.") from error
+    secret = _new_secret()
+    key.previous_sha256, key.previous_ends_at = key.secret_sha256, now + timedelta(seconds=overlap_seconds)
+    key.secret_sha256 = _sha256(secret)
+    if overlap_seconds <= 0:
+        _end_sessions(session, key_id)
+    session.flush()
+    return key, secret
 
 
 def by_id(session: Session, key_id: str, *, now: datetime) -> ApiKey:
-    """The live key of a signed-in page. Raises Unauthorized."""
+    """The live key of that id. Raises Unauthorized."""
     key = session.get(ApiKey, key_id)
     if key is None:
-        raise Unauthorized("The session's key is gone; sign in again.")
+        raise _unknown()
     return _live(key, now)
 
 
+def begin_session(session: Session, key_id: str, *, seconds: float, now: datetime) -> str:
+    """Signs a page in for the key; returns the token that its cookie is to carry, which is stored hashed."""
+    token = secrets.token_urlsafe(32)
+    session.add(
+        PageSession(
+            token_sha256=_sha256(token), key_id=key_id, created_at=now, expires_at=now + timedelta(seconds=seconds)
+        )
+    )
+    session.flush()
+    return token
+
+
+def by_session(session: Session, token: str, *, now: datetime) -> ApiKey:
+    """The live key of a signed-in page, by the token of its cookie. Raises Unauthorized. One SELECT."""
+    key = session.scalar(
+        select(ApiKey)
+        .join(PageSession, PageSession.key_id == ApiKey.id)
+        .where(PageSession.token_sha256 == _sha256(token), PageSession.expires_at > now)
+    )
+    if key is None:
+        raise Unauthorized("The session has ended; sign in again.")
+    return _live(key, now)
+
+
+def end_session(session: Session, token: str) -> None:
+    """Signs a page out: its cookie, and every copy of it, is worth nothing from now on."""
+    session.execute(delete(PageSession).where(PageSession.token_sha256 == _sha256(token)))
+
+
+def forget_sessions(session: Session, *, now: datetime) -> None:
+    """Deletes the rows of sessions that have run out."""
+    session.execute(delete(PageSession).where(PageSession.expires_at <= now))
+
+
 def revoke(session: Session, key_id: str, *, now: datetime) -> None:
-    """Ends a key from `now` on. Revoking twice keeps the first moment. Raises NotFound."""
+    """Ends a key from `now` on, both its secrets and its sessions. Revoking twice keeps the first moment. Raises
+    NotFound."""
     found = session.execute(
         update(ApiKey)
         .where(ApiKey.id == key_id)
@@ -95,6 +159,7 @@ def revoke(session: Session, key_id: str, *, now: datetime) -> None:
     )
     if found.one_or_none() is None:
         raise NotFound(f"There is no key {key_id}.")
+    _end_sessions(session, key_id)
 
 
 def every(session: Session) -> Sequence[ApiKey]:
@@ -121,8 +186,24 @@ def _links(secret_key: str) -> URLSafeTimedSerializer:
 
 def _live(key: ApiKey, now: datetime) -> ApiKey:
     if key.revoked_at is not None or (key.expires_at is not None and key.expires_at <= now):
-        raise Unauthorized("The API key is not known, or no longer valid.")
+        raise _unknown()
     return key
+
+
+def _unknown() -> Unauthorized:
+    return Unauthorized("The API key is not known, or no longer valid.")
+
+
+def _has_secret(digest: str) -> ColumnElement[bool]:
+    return or_(ApiKey.secret_sha256 == digest, ApiKey.previous_sha256 == digest)
+
+
+def _end_sessions(session: Session, key_id: str) -> None:
+    session.execute(delete(PageSession).where(PageSession.key_id == key_id))
+
+
+def _new_secret() -> str:
+    return KEY_PREFIX + base64.b32encode(secrets.token_bytes(20)).decode().lower()
 
 
 def _sha256(secret: str) -> str:

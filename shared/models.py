@@ -54,6 +54,20 @@ class ApiKey(Row):
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    previous_sha256: Mapped[str | None] = mapped_column(String(64), index=True, unique=True)
+    """Hash of the secret before the last rotation, which is good until `previous_ends_at`."""
+    previous_ends_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class PageSession(Row):
+    """Somebody signed in to the pages. The cookie holds a token; this row decides whether it is worth anything."""
+
+    __tablename__ = "page_sessions"
+
+    token_sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
+    key_id: Mapped[str] = mapped_column(ForeignKey("api_keys.id"), index=True)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    expires_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
 
 
 class Job(Row):

@@ -11,14 +11,16 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import IO, Any, BinaryIO, Literal, cast
 
 from PIL import Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
+from pydantic import TypeAdapter, ValidationError
 
 from shared.errors import FormatCannotHoldSize, InvalidImage, OutputTooLarge, TooManyPixels, UnsupportedFormat
+from shared.sandbox import Limits, Sandbox, Task
 
 
 @dataclass(frozen=True)
@@ -129,19 +131,64 @@ _TIFF_STRIP_OFFSETS_TAG = 273
 _TIFF_TILE_OFFSETS_TAG = 324
 
 
-def inspect(file: BinaryIO) -> PictureFacts:
+def inspect(file: BinaryIO, *, max_px: int | None = None) -> PictureFacts:
     """Describe the picture in `file`, a seekable binary file, from its header; the position is back at 0 afterwards.
 
-    Raises UnsupportedFormat where the bytes are none of FORMATS, InvalidImage where they are and cannot be read.
+    Raises UnsupportedFormat where the bytes are none of FORMATS, InvalidImage where they are and cannot be read, and
+    TooManyPixels for a WebP of more than `max_px`: libwebp takes its memory on opening.
     """
     format = sniff(file)
     try:
         with refusing_what_pillow_refuses(format.name):
             if format.name == "tiff":
                 _check_tiff_strips(file)
+            if format.name == "webp" and max_px is not None:
+                width, height = _webp_canvas(file)
+                if width * height > max_px:
+                    raise TooManyPixels(width, height, max_px)
             return _facts(format, file)
     finally:
         file.seek(0)
+
+
+# Reading a header takes milliseconds. Memory: the largest file a few times (WebP and AVIF are read whole), and the two
+# canvases of 4 bytes a pixel that libwebp asks for and hardly touches.
+INSPECT_CPU_SECONDS = 4
+INSPECT_WALL_SECONDS = 8.0
+INSPECT_BYTES_PER_PX = 10
+HEADROOM_BYTES = 256 * 2**20
+"""Of a child's addresses: what any decoder takes for itself, and its threads' stacks."""
+
+
+def inspect_in(sandbox: Sandbox, file: BinaryIO, *, max_px: int) -> PictureFacts:
+    """As `inspect`, in a child of `sandbox` (of this module, or of one that offers the same task).
+
+    What is no picture at all is refused without one. Raises what `inspect` raises, InvalidImage also where the child
+    died of the file, and Unavailable.
+    """
+    sniff(file)
+    limits = Limits(
+        memory_bytes=HEADROOM_BYTES + 4 * file.seek(0, os.SEEK_END) + INSPECT_BYTES_PER_PX * max_px,
+        cpu_seconds=INSPECT_CPU_SECONDS,
+        wall_seconds=INSPECT_WALL_SECONDS,
+        output_bytes=0,
+    )
+    told, _ = sandbox.run("inspect", file, limits, max_px=max_px)
+    try:
+        return _TOLD_FACTS.validate_python(told)
+    except ValidationError as error:
+        raise InvalidImage("The picture's decoder broke off while reading it.") from error
+
+
+_TOLD_FACTS = TypeAdapter(PictureFacts)
+
+
+def _inspect_task(file: BinaryIO, _output: BinaryIO, *, max_px: int) -> dict[str, Any]:
+    return asdict(inspect(file, max_px=max_px))
+
+
+# What a sandbox of this module does.
+SANDBOXED: Mapping[str, Task] = {"inspect": _inspect_task}
 
 
 def sniff(file: BinaryIO) -> Format:
@@ -324,6 +371,24 @@ def orientation_of(image: Image.Image) -> int:
 
 def _integers(value: Any) -> tuple[int, ...]:
     return tuple(int(item) for item in value) if isinstance(value, tuple) else (int(value),)
+
+
+def _webp_canvas(file: BinaryIO) -> tuple[int, int]:
+    """(width, height) a WebP claims, read by hand (RFC 9649, section 2); (0, 0) where its first chunk is unknown.
+
+    Pillow's decoder takes memory for two canvases before anybody can ask it for their size.
+    """
+    file.seek(12)
+    chunk = file.read(18)
+    file.seek(0)
+    if chunk[:4] == b"VP8X":
+        return int.from_bytes(chunk[12:15], "little") + 1, int.from_bytes(chunk[15:18], "little") + 1
+    if chunk[:4] == b"VP8L":
+        sides = int.from_bytes(chunk[9:13], "little")
+        return (sides & 0x3FFF) + 1, (sides >> 14 & 0x3FFF) + 1
+    if chunk[:4] == b"VP8 ":
+        return int.from_bytes(chunk[14:16], "little") & 0x3FFF, int.from_bytes(chunk[16:18], "little") & 0x3FFF
+    return 0, 0
 
 
 def _gif_facts(file: BinaryIO) -> PictureFacts:

@@ -8,7 +8,7 @@ from typing import Any
 from celery import shared_task
 from sqlalchemy import delete, select
 
-from shared import jobs, workers
+from shared import jobs, keys, workers
 from shared.db import Database, clock
 from shared.errors import StaleAttempt, Unavailable
 from shared.models import BlobRemoval, IdempotencyRecord, Upload
@@ -96,6 +96,7 @@ def sweep(database: Database, storage: Storage, settings: Settings) -> int:
             jobs.owe_blob_removal(session, key, now=now)
         oldest = now - timedelta(seconds=settings.idempotency_ttl_seconds)
         session.execute(delete(IdempotencyRecord).where(IdempotencyRecord.created_at < oldest))
+        keys.forget_sessions(session, now=now)
         forgotten = workers.forget_lost(session, now=now)
     removed = 0
     with database.reading() as session:

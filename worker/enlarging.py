@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from shared import catalog
-from shared.pictures import Format, check_size, format_named, inspect
+from shared.pictures import Format, check_size, format_named
 from shared.settings import Settings
 from worker import codec, upscale
 from worker.classify import Classifier, Label
 from worker.codec import Encoder, Picture, Samples
+from worker.decoding import Decoder, InProcess
 from worker.networks import Network, load
 from worker.upscale import EnlargedRows, Work
 
@@ -128,8 +129,11 @@ class Engine:
         max_output_px: int,
         tile_px: int = 0,
         tile_memory_bytes: int = upscale.TILE_MEMORY_BYTES,
+        decoder: Decoder | None = None,
     ) -> None:
+        """`decoder`: how picture files are read; in this process where none is given."""
         self.device = device
+        self._decoder = decoder or InProcess(max_input_px)
         self._max_input_px = max_input_px
         self._max_output_px = max_output_px
         self._tile_px = tile_px
@@ -137,13 +141,14 @@ class Engine:
         self._networks: dict[str, Network] = {}
 
     @classmethod
-    def of(cls, settings: Settings, device: str) -> Engine:
+    def of(cls, settings: Settings, device: str, decoder: Decoder | None = None) -> Engine:
         return cls(
             device,
             max_input_px=settings.max_input_px,
             max_output_px=settings.max_output_px,
             tile_px=settings.tile_px,
             tile_memory_bytes=settings.tile_memory_bytes,
+            decoder=decoder,
         )
 
     def network(self, model: str) -> Network:
@@ -173,7 +178,7 @@ class Engine:
         """
         watch = watch or Unwatched()
         clock = _Stopwatch()
-        facts = inspect(source)
+        facts = self._decoder.inspect(source)
         width, height = check_size(
             facts,
             wanted.scale,
@@ -184,7 +189,7 @@ class Engine:
         )
         watch.begins("decode", expected_seconds=facts.pixels / DECODE_PX_PER_SECOND)
         with clock.time("decode"):
-            picture = codec.decode(source, max_input_px=self._max_input_px)
+            picture = self._decoder.decode(source, facts)
             format = format_named(wanted.format)
             picture, warnings = _laid_on_background(picture, wanted, format)
         with clock.time("load"):

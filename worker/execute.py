@@ -46,6 +46,7 @@ from shared.storage import Storage
 from shared.telemetry import log
 from shared.workers import Presence
 from worker import upscale
+from worker.decoding import Sandboxed
 from worker.enlarging import Engine, Progress, Wanted
 
 PROGRESS_SECONDS = 0.5
@@ -263,12 +264,15 @@ class Executor:
         settings: Settings,
         engines: dict[str, Engine],
         facts: workers.WorkerFacts,
+        decoder: Sandboxed | None = None,
     ) -> None:
-        """`engines` by the contract's word for their device: `cpu`, and `gpu` where there is one."""
+        """`engines` by the contract's word for their device: `cpu`, and `gpu` where there is one. `decoder`: theirs,
+        closed with this."""
         self.must_end = False
         """No further attempt may be made in this process: its device is broken, or it has been told to exit."""
         self._database, self._storage, self._settings = database, storage, settings
         self._engines = engines
+        self._decoder = decoder
         self._stopping = threading.Event()
         self._lifeline: Lifeline | None = None
         self.presence = Presence(
@@ -291,12 +295,15 @@ class Executor:
         threads = upscale.prepare_process(settings.torch_threads or max(1, cores // settings.worker_concurrency))
         device = upscale.choose_device(settings.worker_device)
         kind = "cpu" if device == "cpu" else "gpu"
-        engines = {kind: Engine.of(settings, device)}
-        engines.setdefault("cpu", Engine.of(settings, "cpu"))
+        decoder = Sandboxed(settings.max_input_px)
+        # It warms up while the network does.
+        decoder.sandbox.start()
+        engines = {kind: Engine.of(settings, device, decoder)}
+        engines.setdefault("cpu", Engine.of(settings, "cpu", decoder))
         engines[kind].warm_up()
         sweep_scratch()
         facts = workers.this_process("images", queues=queues, device=kind, device_name=_device_name(kind))
-        executor = cls(Database(settings.sqlalchemy_url), Storage(settings), settings, engines, facts)
+        executor = cls(Database(settings.sqlalchemy_url), Storage(settings), settings, engines, facts, decoder)
         executor.presence.start()
         log.info(
             "worker.ready",
@@ -316,6 +323,8 @@ class Executor:
     def stop(self) -> None:
         """The process ends: says so, and lets go of its connections."""
         self.presence.stop()
+        if self._decoder is not None:
+            self._decoder.close()
         self._storage.close()
         self._database.close()
 

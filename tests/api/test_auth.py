@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime
-from io import BytesIO
 
 import pytest
 from flask.testing import FlaskClient
@@ -13,12 +12,10 @@ from api import limits
 from api.context import THREADS_KEPT_FREE, Seats
 from shared import keys
 from shared.db import Database
+from shared.models import ApiKey, PageSession
 from shared.settings import Settings
 from shared.storage import Storage
 from tests.api.conftest import Api, Caller, running
-from tests.factories import a_png
-
-UNOWNED = {"/v1/models", "/v1/models/<name>", "/v1/estimates", "/v1/key"}
 
 
 def routes(api: Api) -> list[tuple[str, str]]:
@@ -29,24 +26,6 @@ def routes(api: Api) -> list[tuple[str, str]]:
         if rule.rule.startswith("/v1/")
         for method in sorted(rule.methods & {"GET", "POST", "DELETE"})
     ]
-
-
-@pytest.fixture
-def owned(api: Api) -> dict[str, str]:
-    """One of everything that can belong to somebody, by the name its id has in paths; and its owner's secret."""
-    owner = api.caller("jobs", name="owner")
-    job_id = owner.job(external_id="secret-plan")
-    api.succeed(job_id)
-    batch = owner.post("/v1/batches", data={"image": [(BytesIO(a_png()), "a.png")]}).json
-    endpoint = owner.post("/v1/webhook-endpoints", json={"url": "https://1.1.1.1/hook"}).json
-    delivery = owner.post(f"/v1/webhook-endpoints/{endpoint['id']}/test").json
-    return {
-        "job_id": job_id,
-        "batch_id": batch["id"],
-        "endpoint_id": endpoint["id"],
-        "delivery_id": delivery["id"],
-        "secret": owner.secret,
-    }
 
 
 def test_nobody_is_answered_without_a_key(api: Api) -> None:
@@ -64,35 +43,6 @@ def test_nobody_is_answered_without_a_key(api: Api) -> None:
             assert (answer.status_code, answer.json["code"]) == (401, "unauthorized"), (method, rule, header)
             assert answer.headers["WWW-Authenticate"].startswith("Bearer")
     assert revoked.get("/v1/jobs").status_code == 401
-
-
-@pytest.mark.parametrize("scopes", [("jobs",), ("admin",), ("jobs", "admin")])
-def test_what_belongs_to_another_key_is_not_there(api: Api, owned: dict[str, str], scopes: tuple[str, ...]) -> None:
-    stranger = api.caller(*scopes, name="stranger")
-    checked = 0
-    for method, rule in routes(api):
-        path = re.sub("<(.*?)>", lambda found: owned.get(found[1], "srgan"), rule)
-        answer = stranger.send(method, path, json={} if method == "POST" else None)
-        if rule in UNOWNED:
-            continue
-        checked += 1
-        if "<" in rule:
-            assert (answer.status_code, answer.json["code"]) == (404, "not-found"), (method, rule, answer.text)
-        for secret_id in (*owned.values(), "secret-plan"):
-            assert secret_id not in answer.text, (method, rule)
-    assert checked >= 17
-    narrowed = stranger.get(f"/v1/webhook-deliveries?job_id={owned['job_id']}")
-    assert narrowed.json["data"] == []
-    assert stranger.get("/v1/jobs?external_id=secret-plan").json["data"] == []
-    # The owner still has all of it.
-    owner = Caller("", owned["secret"], api.app.test_client(use_cookies=False))
-    for path in (
-        f"/v1/jobs/{owned['job_id']}",
-        f"/v1/batches/{owned['batch_id']}",
-        f"/v1/webhook-endpoints/{owned['endpoint_id']}",
-    ):
-        assert owner.get(path).status_code == 200, path
-    assert owner.post(f"/v1/webhook-deliveries/{owned['delivery_id']}/resend").status_code == 202
 
 
 def test_admin_includes_jobs_and_jobs_does_not_include_admin(api: Api) -> None:
@@ -144,6 +94,7 @@ def test_the_sessions_cookie_is_for_this_site_and_not_for_scripts(api: Api, call
     cookie = api.app.test_client().get(f"/sign-in?token={token}").headers["Set-Cookie"]
     assert "HttpOnly" in cookie
     assert "SameSite=Lax" in cookie
+    assert cookie.startswith("enlarger=")
     assert "Secure" not in cookie
     assert caller.secret not in cookie
 
@@ -154,7 +105,69 @@ def test_the_cookie_is_secure_where_the_setting_says_so(
     with running(settings.model_copy(update={"cookie_secure": True})) as api:
         token = keys.sign_in_token(settings.secret_key, api.caller().key_id)
         answer = api.app.test_client().get(f"/sign-in?token={token}", base_url="https://localhost")
-        assert "; Secure" in answer.headers["Set-Cookie"]
+        cookie = answer.headers["Set-Cookie"]
+        # The three that browsers ask of a cookie with this prefix.
+        assert cookie.startswith("__Host-enlarger=")
+        assert "; Secure" in cookie
+        assert "; Path=/" in cookie
+        assert "Domain" not in cookie
+
+
+def test_signing_in_begins_another_session_and_ends_the_one_before(api: Api, caller: Caller) -> None:
+    http, token = _signed_in(api, caller)
+    kept = http.get_cookie("enlarger")
+    assert kept is not None
+    other = api.caller()
+    link = keys.sign_in_token(api.context.settings.secret_key, other.key_id)
+    assert http.get(f"/sign-in?token={link}").status_code == 303
+    assert http.get("/v1/key").json["id"] == other.key_id
+    with http.session_transaction() as session:
+        assert session["csrf"] != token
+    # A copy of the first cookie, kept or planted, is worth nothing.
+    http.set_cookie("enlarger", kept.value)
+    assert http.get("/v1/key").status_code == 401
+
+
+def test_after_signing_out_a_copy_of_the_cookie_is_worth_nothing(api: Api, caller: Caller) -> None:
+    http, token = _signed_in(api, caller)
+    kept = http.get_cookie("enlarger")
+    assert kept is not None
+    assert http.post("/sign-out", data={"csrf_token": token}).status_code == 303
+    http.set_cookie("enlarger", kept.value)
+    assert http.get("/v1/key").status_code == 401
+
+
+def test_a_session_ends_with_its_time_its_key_and_the_deployments_secret(api: Api, caller: Caller) -> None:
+    http, _ = _signed_in(api, caller)
+    with api.database.transaction() as session:
+        (row,) = session.query(PageSession).all()
+        assert abs((row.expires_at - datetime.now(UTC)).total_seconds() - 7 * 86400) < 60
+        row.expires_at = datetime.now(UTC)
+    assert http.get("/v1/key").status_code == 401
+    http, _ = _signed_in(api, caller)
+    cookie = http.get_cookie("enlarger")
+    assert cookie is not None
+    with running(api.context.settings.model_copy(update={"secret_key": "another secret"})) as other:
+        stranger = other.app.test_client()
+        stranger.set_cookie("enlarger", cookie.value)
+        assert stranger.get("/v1/key").status_code == 401
+    with api.database.transaction() as session:
+        keys.revoke(session, caller.key_id, now=datetime.now(UTC))
+        assert session.query(PageSession).count() == 0
+    assert http.get("/v1/key").status_code == 401
+
+
+def test_a_rotated_key_has_two_secrets_for_a_while_and_the_same_jobs(api: Api, caller: Caller) -> None:
+    job_id = caller.job()
+    with api.database.transaction() as session:
+        _, fresh = keys.rotate(session, caller.key_id, overlap_seconds=3600, now=datetime.now(UTC))
+    renewed = Caller(caller.key_id, fresh, caller.http)
+    for one in (caller, renewed):
+        assert one.get(f"/v1/jobs/{job_id}").status_code == 200
+    with api.database.transaction() as session:
+        session.get_one(ApiKey, caller.key_id).previous_ends_at = datetime.now(UTC)
+    assert caller.get(f"/v1/jobs/{job_id}").status_code == 401
+    assert renewed.get(f"/v1/jobs/{job_id}").status_code == 200
 
 
 def test_no_app_is_made_without_a_secret_key(settings: Settings) -> None:

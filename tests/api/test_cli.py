@@ -259,7 +259,16 @@ def test_keys_are_made_listed_and_revoked(migrated: Any) -> None:
     assert "a robot" in listed
     assert made["api_key"] not in listed
 
+    rotated = migrated("keys", "rotate", made["id"], "--hours", "2", "--json").json
+    assert rotated["id"] == made["id"]
+    assert rotated["api_key"] not in (made["api_key"], None)
+    assert rotated["previous_ends_at"] is not None
+    assert "works until" in migrated("keys", "rotate", made["id"]).out
+    assert "dead" in migrated("keys", "rotate", made["id"], "--hours", "0").out
+    assert migrated("keys", "rotate", "key_unknown").status == 1
+
     assert migrated("keys", "revoke", made["id"]).status == 0
+    assert migrated("keys", "rotate", made["id"]).status == 2
     assert "revoked" in migrated("keys", "list").out
     assert migrated("keys", "revoke", "key_unknown").status == 1
 

@@ -109,9 +109,49 @@ def test_a_link_of_a_revoked_key_does_not_sign_in(api: Any) -> None:
 def test_another_site_cannot_sign_a_person_in(api: Any) -> None:
     caller = api.caller("jobs")
     client = api.app.test_client()
-    form = {"key": caller.secret}
+    form = {"key": caller.secret, "csrf_token": forms_token(client.get("/sign-in").text)}
     assert client.post("/sign-in", data=form, headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
+    assert client.get("/v1/key").status_code == 401
     assert client.post("/sign-in", data=form, headers={"Sec-Fetch-Site": "same-origin"}).status_code == 303
+    assert client.get("/v1/key").json["id"] == caller.key_id
+
+
+def forms_token(page: str) -> str:
+    found = re.search(r'name="csrf_token" value="([^"]+)"', page)
+    assert found is not None
+    return found.group(1)
+
+
+def test_the_sign_in_form_brings_its_own_token_back_or_is_shown_again(api: Any) -> None:
+    caller = api.caller("jobs")
+    client = api.app.test_client()
+    token = forms_token(client.get("/sign-in").text)
+    # Another browser's token is none; an old browser sends no Sec-Fetch-Site.
+    for sent in ("", "x", forms_token(api.app.test_client().get("/sign-in").text)):
+        refused = client.post("/sign-in", data={"key": caller.secret, "csrf_token": sent, "next": "/admin"})
+        assert refused.status_code == 403
+        assert "try again" in refused.text
+        assert 'value="/admin"' in refused.text
+    assert client.get("/v1/key").status_code == 401
+    assert client.post("/sign-in", data={"key": caller.secret, "csrf_token": token}).status_code == 303
+    assert client.post("/sign-in", data={"key": "enl_wrong", "csrf_token": token}).status_code == 403
+
+
+def test_another_sites_link_signs_a_person_in_only_when_they_say_so(api: Any) -> None:
+    caller = api.caller("jobs", name="somebody else's key")
+    client = api.app.test_client()
+    token = keys.sign_in_token(api.context.settings.secret_key, caller.key_id)
+    page = client.get(f"/sign-in?token={token}&next=/admin", headers={"Sec-Fetch-Site": "cross-site"})
+    assert page.status_code == 200
+    assert "somebody else&#39;s key" in page.text
+    assert client.get("/v1/key").status_code == 401
+    form = {"token": token, "csrf_token": forms_token(page.text), "next": "/admin"}
+    answer = client.post("/sign-in", data=form, headers={"Sec-Fetch-Site": "same-origin"})
+    assert (answer.status_code, answer.headers["Location"]) == (303, "/admin")
+    assert client.get("/v1/key").json["id"] == caller.key_id
+    form["token"] = "nonsense"
+    form["csrf_token"] = csrf_token(client)
+    assert client.post("/sign-in", data=form).status_code == 401
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from itsdangerous.timed import TimestampSigner
 from shared import keys
 from shared.db import Database
 from shared.errors import InvalidRequest, NotFound, Unauthorized
-from shared.models import ApiKey
+from shared.models import ApiKey, PageSession
 
 SECRET_KEY = "the deployment's secret"
 
@@ -99,6 +99,78 @@ def test_a_signed_in_page_loses_its_key_when_the_key_ends(sqlite_database: Datab
             keys.by_id(session, key.id, now=now)
         with pytest.raises(Unauthorized):
             keys.by_id(session, "key_nobody", now=now)
+
+
+def test_rotation_leaves_two_secrets_live_and_never_three(database: Database, now: datetime) -> None:
+    hour = timedelta(hours=1)
+
+    def who(secret: str, at: datetime) -> str | None:
+        with database.reading() as session:
+            try:
+                return keys.authenticate(session, secret, now=at).id
+            except Unauthorized:
+                return None
+
+    with database.transaction() as session:
+        key, first = keys.create(session, name="x", scopes=["jobs"], now=now)
+    with database.transaction() as session:
+        rotated, second = keys.rotate(session, key.id, overlap_seconds=3600, now=now)
+        stored = [str(getattr(rotated, column.name)) for column in ApiKey.__table__.columns]
+        assert not any(secret in value for value in stored for secret in (first, second))
+    assert rotated.id == key.id
+    assert [who(secret, now + hour - timedelta(microseconds=1)) for secret in (first, second)] == [key.id, key.id]
+    assert [who(secret, now + hour) for secret in (first, second)] == [None, key.id]
+    with database.transaction() as session:
+        _, third = keys.rotate(session, key.id, overlap_seconds=3600, now=now)
+    assert [who(secret, now) for secret in (first, second, third)] == [None, key.id, key.id]
+    with database.transaction() as session:
+        _, fourth = keys.rotate(session, key.id, overlap_seconds=0, now=now)
+    assert [who(secret, now) for secret in (first, second, third, fourth)] == [None, None, None, key.id]
+    with database.transaction() as session:
+        keys.revoke(session, key.id, now=now)
+        with pytest.raises(InvalidRequest, match="has ended"):
+            keys.rotate(session, key.id, overlap_seconds=0, now=now)
+        with pytest.raises(NotFound):
+            keys.rotate(session, "key_nobody", overlap_seconds=0, now=now)
+    assert who(fourth, now) is None
+
+
+def test_a_rotated_key_of_the_settings_is_not_made_anew(sqlite_database: Database, now: datetime) -> None:
+    secret = "enl_" + "a" * 32
+    with sqlite_database.transaction() as session:
+        made = keys.ensure(session, secret, name="bootstrap", scopes=["admin"], now=now)
+        keys.rotate(session, made.id, overlap_seconds=0, now=now)
+        assert keys.ensure(session, secret, name="bootstrap", scopes=["admin"], now=now).id == made.id
+        with pytest.raises(Unauthorized):
+            keys.authenticate(session, secret, now=now)
+
+
+def test_a_session_is_stored_hashed_and_ends_in_every_way_it_can(database: Database, now: datetime) -> None:
+    def who(token: str, at: datetime = now) -> str | None:
+        with database.reading() as session:
+            try:
+                return keys.by_session(session, token, now=at).id
+            except Unauthorized:
+                return None
+
+    with database.transaction() as session:
+        key, _ = keys.create(session, name="x", scopes=["jobs"], now=now, expires_at=now + timedelta(hours=2))
+        tokens = [keys.begin_session(session, key.id, seconds=3600, now=now) for _ in range(3)]
+        assert not set(tokens) & {row.token_sha256 for row in session.query(PageSession)}
+    assert [who(token) for token in tokens] == [key.id] * 3
+    assert who(tokens[0], now + timedelta(hours=1)) is None
+    with database.transaction() as session:
+        keys.end_session(session, tokens[0])
+    assert [who(token) for token in tokens] == [None, key.id, key.id]
+    with database.transaction() as session:
+        keys.forget_sessions(session, now=now + timedelta(minutes=59))
+        assert session.query(PageSession).count() == 2
+        # A rotation without overlap is for a secret that has leaked: whoever signed in with it is out.
+        keys.rotate(session, key.id, overlap_seconds=60, now=now)
+        assert session.query(PageSession).count() == 2
+        keys.rotate(session, key.id, overlap_seconds=0, now=now)
+        assert session.query(PageSession).count() == 0
+    assert who("") is None
 
 
 def test_a_sign_in_link_names_its_key() -> None:

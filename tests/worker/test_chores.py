@@ -7,10 +7,10 @@ from datetime import timedelta
 
 import pytest
 
-from shared import jobs, workers
+from shared import jobs, keys, workers
 from shared.db import Database, clock, new_id
 from shared.errors import StorageUnavailable
-from shared.models import BlobRemoval, IdempotencyRecord, Job, JobState, Upload, Worker
+from shared.models import BlobRemoval, IdempotencyRecord, Job, JobState, PageSession, Upload, Worker
 from shared.settings import Settings
 from shared.storage import Storage
 from shared.workers import this_process
@@ -86,7 +86,7 @@ def test_an_upload_that_no_job_took_is_deleted_when_it_expires(
         assert [upload.id for upload in session.query(Upload)] == ["upl_new"]
 
 
-def test_old_idempotency_records_and_lost_workers_are_forgotten(
+def test_old_idempotency_records_sessions_and_lost_workers_are_forgotten(
     sqlite_database: Database, storage: Storage, settings: Settings
 ) -> None:
     with sqlite_database.transaction() as session:
@@ -103,8 +103,12 @@ def test_old_idempotency_records_and_lost_workers_are_forgotten(
             )
         for age_seconds in (workers.KEPT_SECONDS - 60, workers.KEPT_SECONDS + 60):
             workers.enlist(session, this_process("relay"), now=now - timedelta(seconds=age_seconds))
+    with sqlite_database.transaction() as session:
+        for seconds in (60, -60):
+            keys.begin_session(session, key.id, seconds=seconds, now=now)
     sweep(sqlite_database, storage, settings)
     with sqlite_database.transaction() as session:
+        assert session.query(PageSession).count() == 1
         assert [r.key for r in session.query(IdempotencyRecord)] == [str(settings.idempotency_ttl_seconds - 60)]
         assert session.query(Worker).count() == 1
 

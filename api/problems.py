@@ -13,7 +13,7 @@ from typing import Any
 from flask import Flask, Response, g, jsonify, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
-from shared.errors import EnlargerError, InternalError, NotFound, Unauthorized
+from shared.errors import DiskFull, EnlargerError, InternalError, NotFound, Unauthorized
 from shared.telemetry import log
 
 MIME_TYPE = "application/problem+json"
@@ -92,6 +92,7 @@ TABLE: Mapping[str, Problem] = {
     "storage-unavailable": Problem(503, "Object storage does not answer", "Send the request again."),
     "broker-unavailable": Problem(503, "Redis does not answer", "Send the request again."),
     "database-unavailable": Problem(503, "The database does not answer", "Send the request again."),
+    "disk-full": Problem(503, "This host has no room for the picture", "Send the request again when room was made."),
     "too-many-streams": Problem(
         503, "Too many event streams are open", "Poll the job, or open the stream again a little later."
     ),
@@ -159,6 +160,8 @@ def _answer_http(error: HTTPException) -> Response:
 
 
 def _answer_unforeseen(error: Exception) -> Response:
+    if isinstance(error, OSError) and error.errno in DiskFull.ERRNOS:
+        return answer(DiskFull())
     # Flask hands this the original exception; the log has its traceback, the customer the request's id.
     log.error("http.internal_error", path=request.path, method=request.method, exc_info=error)
     return answer(InternalError("Something went wrong on our side; the operator finds it by the request's id."))

@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
+import psycopg
 from sqlalchemy import Connection, DateTime, Dialect, MetaData, create_engine, event, text
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import DeclarativeBase, Session
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -34,7 +35,13 @@ NAMING_CONVENTION = {
 SQLITE_BUSY_TIMEOUT_SECONDS = 15
 POSTGRESQL_CONNECT_TIMEOUT_SECONDS = 5
 # A statement that runs longer than this is ended by PostgreSQL: an honest error instead of a hung request.
-POSTGRESQL_STATEMENT_TIMEOUT_SECONDS = 15
+POSTGRESQL_STATEMENT_TIMEOUT_SECONDS = 10
+# A server that says nothing at all (frozen, or gone without a word) can end no statement, so this side stops waiting:
+# a relay that waited for ever would rescue nobody any more.
+POSTGRESQL_SILENCE_SECONDS = 12
+# A worker that freezes between its UPDATE and its COMMIT holds its job's row, and rescue passes over held rows. The
+# server lets go of it before the lease that this very UPDATE has renewed (20 s) can pass.
+POSTGRESQL_IDLE_TRANSACTION_SECONDS = 10
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -86,9 +93,11 @@ class Database:
                     "connect_timeout": POSTGRESQL_CONNECT_TIMEOUT_SECONDS,
                     "options": f"-c statement_timeout={POSTGRESQL_STATEMENT_TIMEOUT_SECONDS * 1000}"
                     f" -c lock_timeout={POSTGRESQL_STATEMENT_TIMEOUT_SECONDS * 1000}"
-                    " -c idle_in_transaction_session_timeout=60000 -c timezone=UTC",
+                    f" -c idle_in_transaction_session_timeout={POSTGRESQL_IDLE_TRANSACTION_SECONDS * 1000}"
+                    " -c timezone=UTC",
                 },
             )
+            event.listen(self.engine, "do_connect", _connect_impatiently)
         self._reading_engine = self.engine.execution_options(enlarger_reading=True)
 
     @contextmanager
@@ -126,6 +135,28 @@ def _translated() -> Iterator[None]:
     # PoolTimeoutError: every connection of this process is in use, and none came back in time.
     except (OperationalError, InterfaceError, PoolTimeoutError) as error:
         raise DatabaseUnavailable("The database does not answer.", retry_after_seconds=2) from error
+    except DBAPIError as error:
+        # PostgreSQL calls some ends of a connection (an idle transaction's) by other names.
+        if not error.connection_invalidated:
+            raise
+        raise DatabaseUnavailable("The database has ended the connection.", retry_after_seconds=2) from error
+
+
+class _Impatient(psycopg.Connection[Any]):
+    """A connection that closes itself where the server says nothing for POSTGRESQL_SILENCE_SECONDS."""
+
+    def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
+        silence_seconds = POSTGRESQL_SILENCE_SECONDS if timeout is None else timeout
+        try:
+            return super().wait(gen, interval, silence_seconds)
+        except psycopg.errors._WaitTimeout:
+            # What it was in the middle of is unknown: closed, it is taken out of the pool.
+            self.pgconn.finish()
+            raise
+
+
+def _connect_impatiently(_dialect: Dialect, _record: ConnectionPoolEntry, words: Any, named: Any) -> Any:
+    return _Impatient.connect(*words, **named)
 
 
 def _prepare_sqlite(connection: Any, _record: ConnectionPoolEntry) -> None:

@@ -39,6 +39,7 @@
         │   └── BlobMissing         blob-missing (never retryable)
         ├── BrokerUnavailable       broker-unavailable
         ├── DatabaseUnavailable     database-unavailable
+        ├── DiskFull                disk-full
         └── TooManyStreams          too-many-streams
 
 Each class has a stable `code` (the contract's), says whether trying the same again can help (`retryable`), and
@@ -47,6 +48,7 @@ carries facts as keyword arguments (`limit_px`, `width_px`, ...) that become mem
 
 from __future__ import annotations
 
+import errno
 from typing import Any, ClassVar
 
 
@@ -281,6 +283,17 @@ class BrokerUnavailable(Unavailable):
 
 class DatabaseUnavailable(Unavailable):
     code = "database-unavailable"
+
+
+class DiskFull(Unavailable):
+    """This host has no room for a file; another host may have."""
+
+    code = "disk-full"
+    ERRNOS: ClassVar[frozenset[int]] = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+    """What the system calls it: a full file system, a used up quota, a limit on the size of files."""
+
+    def __init__(self) -> None:
+        super().__init__("The disk of this host has no room left.", retry_after_seconds=10)
 
 
 class TooManyStreams(Unavailable):

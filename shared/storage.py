@@ -19,7 +19,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from s3transfer.exceptions import RetriesExceededError
 
-from shared.errors import BlobMissing, StorageUnavailable
+from shared.errors import BlobMissing, DiskFull, StorageUnavailable
 from shared.settings import Settings
 
 # Below this one PUT; above, a multipart upload whose parts go up while the next is read.
@@ -214,4 +214,7 @@ def _translated(key: str = "") -> Iterator[None]:
             raise BlobMissing("There is no such blob.", key=key) from error
         raise StorageUnavailable(f"Object storage refused: {code}.", retry_after_seconds=5) from error
     except (BotoCoreError, boto3.exceptions.Boto3Error, RetriesExceededError, OSError) as error:
+        # What is fetched is written to a file of this host.
+        if isinstance(error, OSError) and error.errno in DiskFull.ERRNOS:
+            raise DiskFull from error
         raise StorageUnavailable("Object storage does not answer.", retry_after_seconds=5) from error

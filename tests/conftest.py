@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import socket
 import sqlite3
@@ -59,6 +60,17 @@ def wait_until(condition: Callable[[], Any], *, seconds: float, what: str) -> An
         if time.monotonic() > ends_at:
             pytest.fail(f"waited {seconds:g} s for {what}")
         threading.Event().wait(0.02)
+
+
+@contextmanager
+def little_room(most_bytes: int) -> Iterator[None]:
+    """No file of this process may grow beyond that: to a program what a full disk is, without a disk of our own."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import pyvips
 from PIL import ExifTags, Image, ImageCms, TiffImagePlugin
 
-from shared.errors import InternalError, InvalidImage, TooManyPixels
+from shared.errors import DiskFull, InternalError, InvalidImage, TooManyPixels
 from shared.pictures import (
     ORIENTATION_TAG,
     PILLOW_RAISES,
@@ -802,14 +802,14 @@ class Encoder:
             self._send(_chunk(b"IDAT", self._stored.compress(stored.data)))
 
     def close(self) -> int:
-        """Finish the file and return its size in bytes. Raises ValueError where rows are missing, InternalError where
-        encoding has failed; there is no file then."""
+        """Finish the file and return its size in bytes. Raises ValueError where rows are missing, DiskFull where
+        there was no room for it, InternalError where encoding has failed; there is no file then."""
         if self._rows_written != self._height:
             self.abort()
             raise ValueError(f"{self._rows_written} of {self._height} rows were written")
         try:
             self._send(_chunk(b"IDAT", self._stored.flush()), _chunk(b"IEND", b""))
-        except InternalError:
+        except (InternalError, DiskFull):
             self.abort()
             raise
         self._hang_up()
@@ -852,8 +852,13 @@ class Encoder:
         self._write_end = -1
         self._thread.join()
 
-    def _failure(self) -> InternalError:
-        error = InternalError(f"The result could not be encoded as {self.format.upper()}.", format=self.format)
+    def _failure(self) -> InternalError | DiskFull:
+        error: InternalError | DiskFull
+        # libvips says in words what the system has told it.
+        if any(os.strerror(number) in str(self._error) for number in DiskFull.ERRNOS):
+            error = DiskFull()
+        else:
+            error = InternalError(f"The result could not be encoded as {self.format.upper()}.", format=self.format)
         error.__cause__ = self._error
         return error
 

@@ -32,6 +32,7 @@ from shared.errors import (
     DatabaseUnavailable,
     DeadlineExceeded,
     DeviceBroken,
+    DiskFull,
     EnlargerError,
     InternalError,
     OutOfMemory,
@@ -131,6 +132,8 @@ def decide(error: BaseException, *, on_gpu: bool, priority: str) -> Outcome:
         case OutOfMemory() if on_gpu:
             # The customer gets a picture and not an error, also where a GPU was asked for by name.
             return Retryable(error, queue=f"cpu.{priority}")
+        case OSError() if error.errno in DiskFull.ERRNOS:
+            return Released(DiskFull())
         case MemoryError():
             return Retryable(OutOfMemory("The worker ran out of memory."))
         case Unavailable() if error.retryable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import socket
 import struct
@@ -14,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 from PIL import Image
+from sqlalchemy import event
 
 from api.schemas import JobView
 from shared import outbox
@@ -21,8 +23,8 @@ from shared.db import Database
 from shared.models import Job, Upload
 from shared.settings import Settings
 from shared.storage import Storage
-from tests.api.conftest import Api, Caller, running, statements
-from tests.conftest import Receiver, Reply, wait_until
+from tests.api.conftest import Api, Caller, running, served, statements
+from tests.conftest import Receiver, Reply, little_room, wait_until
 from tests.factories import a_png
 
 LOOPBACK = ("127.0.0.0/8",)
@@ -289,6 +291,42 @@ def test_a_database_that_is_dead_is_an_honest_503(
         answer = api.app.test_client().get("/v1/jobs", headers={"Authorization": "Bearer enl_x"})
     assert (answer.status_code, answer.json["code"]) == (503, "database-unavailable")
     assert int(answer.headers["Retry-After"]) >= 1
+
+
+# Werkzeug leaves the file that it could not write to the garbage collector, which says so.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_full_disk_of_the_api_is_an_honest_503(
+    settings: Settings, storage: Storage, redis_url: str, postgresql_database: Database
+) -> None:
+    noise = io.BytesIO()
+    Image.effect_noise((1200, 1000), 100).save(noise, "PNG")
+    assert len(noise.getvalue()) > 600_000, "it is taken in memory, and nothing is tried"
+    with running(settings) as api, served(api.app) as url:
+        sent = {"Authorization": f"Bearer {api.caller().secret}"}
+        form = {"image": ("noise.png", noise.getvalue(), "image/png")}
+        with little_room(100_000):
+            answer = httpx.post(f"{url}/v1/jobs", headers=sent, files=form, timeout=60)
+        assert (answer.status_code, answer.json()["code"]) == (503, "disk-full")
+        assert int(answer.headers["Retry-After"]) >= 1
+        assert httpx.post(f"{url}/v1/jobs", headers=sent, files=form, timeout=60).status_code == 202
+    gc.collect()
+
+
+def test_a_full_disk_of_sqlite_is_an_honest_503(
+    settings: Settings, storage: Storage, redis_url: str, sqlite_database: Database
+) -> None:
+    with running(settings) as api:
+        caller = api.caller()
+        # SQLite's own limit: it answers as it does where the disk is full.
+        event.listen(
+            api.database.engine, "connect", lambda connection, _: connection.execute("PRAGMA max_page_count=1")
+        )
+        api.database.close()
+        full = [caller.submit() for _ in range(40)]
+        refused = [answer for answer in full if answer.status_code != 202]
+        assert {(answer.status_code, answer.json["code"]) for answer in refused} == {(503, "database-unavailable")}
+        accepted = [answer.json["id"] for answer in full if answer.status_code == 202]
+        assert {caller.get(f"/v1/jobs/{job_id}").status_code for job_id in accepted} <= {200}
 
 
 @pytest.fixture

@@ -12,12 +12,13 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError, StatementError
 
-from shared import servers
+from shared import jobs, servers
 from shared.db import Database, clock, new_id
 from shared.errors import DatabaseUnavailable
 from shared.models import ApiKey, Attempt, Worker
-from tests.conftest import closed_port
-from tests.factories import a_key
+from tests.chaos.proxy import Mode, Proxy
+from tests.conftest import closed_port, wait_until
+from tests.factories import a_claim, a_job, a_key
 
 
 def test_a_transaction_commits_at_its_end(database: Database, now: datetime) -> None:
@@ -187,6 +188,66 @@ def test_a_lost_connection_is_replaced_and_a_killed_server_is_unavailable(tmp_pa
                 database.ping()
         finally:
             database.close()
+
+
+@pytest.mark.parametrize(("how", "is_away"), [("freeze", True), ("half_open", False)])
+def test_a_server_that_falls_silent_holds_nobody_for_ever(
+    postgresql_database: Database, monkeypatch: pytest.MonkeyPatch, how: Mode, is_away: bool
+) -> None:
+    monkeypatch.setattr("shared.db.POSTGRESQL_SILENCE_SECONDS", 1)
+    monkeypatch.setattr("shared.db.POSTGRESQL_CONNECT_TIMEOUT_SECONDS", 2)
+    with Proxy(postgresql_database.url.port or 0) as proxy:
+        database = Database(postgresql_database.url.set(port=proxy.port).render_as_string(hide_password=False))
+        try:
+            database.ping()
+            proxy.set(how)
+            began = time.monotonic()
+            # A connection that has gone without a word is replaced; a server that has is unavailable.
+            assert _answers(database) != is_away
+            assert time.monotonic() - began < 30
+            proxy.set("pass")
+            wait_until(lambda: _answers(database), seconds=30, what="the database to be reachable again")
+        finally:
+            database.close()
+
+
+def _answers(database: Database) -> bool:
+    try:
+        database.ping()
+    except DatabaseUnavailable:
+        return False
+    return True
+
+
+def test_a_worker_that_freezes_in_a_transaction_does_not_hold_its_job(
+    postgresql_database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shared.db.POSTGRESQL_IDLE_TRANSACTION_SECONDS", 1)
+    frozen = Database(postgresql_database.url.render_as_string(hide_password=False))
+    try:
+        with postgresql_database.transaction() as session:
+            now = clock(session)
+            job_id = a_job(session, a_key(session, now), now).id
+            claim = a_claim(session, job_id, now)
+        later = now + timedelta(hours=1)
+
+        def rescued() -> list[str]:
+            with postgresql_database.transaction() as session:
+                return jobs.rescue_lost(session, retry_delay_seconds=1, now=later)
+
+        def freeze_before_the_commit() -> None:
+            with frozen.transaction() as session:
+                jobs.heartbeat(session, claim, lease_seconds=1, now=now)
+                # When its lease passes, then the job is rescued although the worker says nothing,
+                assert rescued() == [], "the row is not held: nothing is tried here"
+                assert wait_until(rescued, seconds=30, what="the row to be let go of") == [job_id]
+
+        # Given a worker that has renewed its lease and freezes,
+        with pytest.raises(DatabaseUnavailable):
+            freeze_before_the_commit()
+        # and the worker learns that it has written nothing.
+    finally:
+        frozen.close()
 
 
 def _end_every_connection(database: Database) -> None:

@@ -775,7 +775,7 @@ FULL_DISK_SCRIPT = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from shared.errors import InternalError
+from shared.errors import DiskFull
 from worker.codec import open_encoder
 
 # A limit on files stands for the full disk; Python has the signal ignored that goes with it.
@@ -784,7 +784,7 @@ noise = np.random.default_rng(1).integers(0, 256, (500, 500, 3), np.uint8)
 try:
     with open_encoder(Path(sys.argv[1]), sys.argv[2], 500, 500, channels=3) as encoder:
         encoder.write(noise)
-except InternalError as error:
+except DiskFull as error:
     print("refused", type(error.__cause__).__name__)
 """
 

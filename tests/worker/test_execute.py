@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -26,6 +27,7 @@ from shared.errors import (
     DatabaseUnavailable,
     DeadlineExceeded,
     DeviceBroken,
+    DiskFull,
     InternalError,
     InvalidImage,
     ModelUnavailable,
@@ -38,6 +40,7 @@ from shared.models import Attempt, Delivery, Job, JobState, Worker
 from shared.settings import Settings
 from shared.storage import Storage
 from shared.workers import WorkerFacts, enlist
+from tests.conftest import little_room
 from tests.factories import LEASE_SECONDS, a_claim, a_job, a_key, a_png, options
 from tests.worker import a_network
 from worker import execute
@@ -79,6 +82,8 @@ from worker.execute import (
         (DatabaseUnavailable("away"), Released),
         (DeviceBroken("broken"), Retryable),
         (MemoryError(), Retryable),
+        (OSError(errno.ENOSPC, "No space left on device"), Released),
+        (OSError(errno.EIO, "Input/output error"), Retryable),
         (ZeroDivisionError(), Retryable),
     ],
 )
@@ -250,6 +255,33 @@ def test_what_the_customer_asked_for_reaches_the_picture(bench: Bench) -> None:
     assert red > 250
     assert max(green, blue) < 5
     assert job.warnings == ["JPEG holds no transparency; the picture was laid on #ff0000."]
+
+
+@pytest.mark.parametrize("room_bytes", [20_000, 200_000], ids=["for the input", "for the result"])
+def test_a_job_that_finds_no_room_on_the_disk_waits_and_uses_up_no_attempt(
+    postgresql_database: Database,
+    storage: Storage,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    room_bytes: int,
+) -> None:
+    bench = Bench(postgresql_database, storage, settings, monkeypatch)
+    noise = io.BytesIO()
+    Image.effect_noise((320, 160), 100).convert("RGB").save(noise, "PNG")
+    assert 20_000 < len(noise.getvalue()) < 200_000
+    # Lossless and incompressible enough to be larger than its input.
+    job_id = bench.submit(noise.getvalue(), format="tiff", scale=8)
+    with little_room(room_bytes):
+        outcome = bench.executor.run(job_id)
+    assert isinstance(outcome, Released)
+    assert isinstance(outcome.error, DiskFull)
+    job = bench.job(job_id)
+    assert (job.state, job.tries_used) == (JobState.QUEUED, 0)
+    assert bench.results(job_id) == []
+    # There is room again.
+    bench.make_due(job_id)
+    assert isinstance(bench.executor.run(job_id), Succeeded)
+    assert bench.attempts(job_id) == ["released", "succeeded"]
 
 
 # --- nothing to claim -----------------------------------------------------------------------------------------------

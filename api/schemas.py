@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
 from shared.catalog import DEFAULT_MODEL
+from shared.catalog import LARGEST_SCALE as LARGEST_SCALE
 
-LARGEST_SCALE = 16
 LONGEST_SECONDS = 366 * 86400
 
 Status = Literal["queued", "running", "succeeded", "failed", "canceled", "expired"]
@@ -337,14 +337,16 @@ class ModelView(Answered):
     """A card of the catalogue."""
 
     name: str
-    scale: int
+    scale: int = Field(description="What a job gets that names no scale.")
+    scales: list[int] = Field(description="Those with a network of their own; others are a step down from the next.")
     summary: str
     guarantee: str
     architecture: str
     halo_px: int
     licence: str
     source_url: str
-    sha256: str
+    origin: str = Field(description="Who trained it on what, and what carries it here.")
+    sha256: str | None = Field(description="Of the weights at `scale`; null where there are none.")
     is_default: bool
     loaded_on: list[str] = Field(description="Devices of live workers that hold it in memory.")
 

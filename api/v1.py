@@ -917,13 +917,15 @@ def _model_view(card: ModelCard, loaded: Mapping[str, set[str]]) -> dict[str, An
     return {
         "name": card.name,
         "scale": card.scale,
+        "scales": [each.scale for each in card.at_each_scale],
         "summary": card.summary,
         "guarantee": card.guarantee,
         "architecture": card.architecture,
         "halo_px": card.halo_px,
         "licence": card.licence,
         "source_url": card.source_url,
-        "sha256": card.weights.sha256,
+        "origin": card.origin,
+        "sha256": None if card.weights is None else card.weights.sha256,
         "is_default": card.name == catalog.DEFAULT_MODEL,
         "loaded_on": sorted(loaded.get(card.name, ())),
     }

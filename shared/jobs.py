@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, delete, func, insert, literal, or_, select, update
+from sqlalchemy import ColumnElement, Row, delete, exists, func, insert, literal, or_, select, update
 from sqlalchemy.orm import Session
 
 from shared import deliveries
@@ -39,7 +39,7 @@ from shared.errors import (
     StaleAttempt,
     WorkerLost,
 )
-from shared.models import TERMINAL_STATES, Attempt, Batch, BlobRemoval, Delivery, Job, JobState
+from shared.models import TERMINAL_STATES, Attempt, Batch, BlobRemoval, Delivery, Job, JobState, QueuePause, Worker
 
 RETRYABLE_STATES = (JobState.FAILED, JobState.CANCELED, JobState.EXPIRED)
 
@@ -193,7 +193,7 @@ def claim(
     """Takes a queued job for this worker, counting the attempt before it runs: a job that kills workers runs out.
 
     One UPDATE, then one INSERT. None where there is nothing to take: a duplicate message, a job that is canceled,
-    not due yet, past its deadline or out of attempts.
+    not due yet, past its deadline or out of attempts, a queue that is paused, a worker that is drained.
     """
     row = session.execute(
         update(Job)
@@ -203,6 +203,8 @@ def claim(
             Job.tries_used < Job.max_attempts,
             or_(Job.run_after.is_(None), Job.run_after <= now),
             or_(Job.deadline_at.is_(None), Job.deadline_at > now),
+            ~exists().where(QueuePause.queue == Job.queue),
+            ~exists().where(Worker.id == worker_id, Worker.drained_at.is_not(None)),
         )
         .values(
             state=JobState.RUNNING,
@@ -365,6 +367,13 @@ def release(
     _requeue(session, _held(claim), claim, now, "released", error, changes)
 
 
+def keep_trace(session: Session, claim: Claim, trace: Mapping[str, Any]) -> None:
+    """Puts what the attempt looked like from within into its row, whatever it has come to. One UPDATE."""
+    session.execute(
+        update(Attempt).where(Attempt.job_id == claim.job_id, Attempt.number == claim.attempt).values(trace=dict(trace))
+    )
+
+
 def acknowledge_cancel(session: Session, claim: Claim, *, now: datetime) -> None:
     """RUNNING -> CANCELED: the worker has seen the request at a band and stopped. Raises StaleAttempt."""
     _finish(
@@ -453,6 +462,34 @@ def retry(session: Session, job_id: str, *, now: datetime) -> Job:
         session.execute(update(Batch).where(Batch.id == job.batch_id).values(remaining=Batch.remaining + 1))
     session.refresh(job)
     return job
+
+
+def pause_queue(session: Session, queue: str, *, now: datetime) -> bool:
+    """Nothing more is claimed from this queue; what runs goes on. False where it was paused already."""
+    if session.get(QueuePause, queue) is not None:
+        return False
+    session.add(QueuePause(queue=queue, paused_at=now))
+    session.flush()
+    return True
+
+
+def resume_queue(session: Session, queue: str) -> bool:
+    """Ends a pause. False where there was none.
+
+    Messages that came meanwhile found nothing to claim and are gone, so the relay is to send them all again.
+    """
+    ended = session.execute(delete(QueuePause).where(QueuePause.queue == queue).returning(QueuePause.queue))
+    if ended.one_or_none() is None:
+        return False
+    session.execute(
+        update(Job).where(Job.state == JobState.QUEUED, Job.queue == queue).values(published_at=None, published_count=0)
+    )
+    return True
+
+
+def give_message_back(session: Session, job_id: str) -> None:
+    """The job's message has come to a worker that may not take it: the relay is to send another."""
+    session.execute(update(Job).where(Job.id == job_id, Job.state == JobState.QUEUED).values(published_at=None))
 
 
 def rescue_lost(session: Session, *, retry_delay_seconds: float, now: datetime, limit: int = 100) -> list[str]:

@@ -75,12 +75,13 @@ class Job(Row):
 
     __tablename__ = "jobs"
     __table_args__ = (
-        # A customer's list and queue cap; the relay's and the rescuer's looks; the dashboard's newest.
+        # A customer's list and queue cap; the relay's and the rescuer's looks; the dashboard's newest of a state.
         Index("ix_jobs_owner_key_id_id", "owner_key_id", "id"),
         Index("ix_jobs_owner_key_id_state", "owner_key_id", "state"),
         Index("ix_jobs_state_queue_id", "state", "queue", "id"),
         Index("ix_jobs_state_lease_until", "state", "lease_until"),
         Index("ix_jobs_state_finished_at", "state", "finished_at"),
+        Index("ix_jobs_state_id", "state", "id"),
         Index("ix_jobs_expires_at", "expires_at"),
     )
 
@@ -193,6 +194,8 @@ class Attempt(Row):
     error_code: Mapped[str | None] = mapped_column(String(40))
     error_detail: Mapped[str | None] = mapped_column(Text)
     timings: Mapped[dict[str, float] | None] = mapped_column(JSON)
+    trace: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    """When each phase began, how long each band took, how memory went: `worker.trace` writes it, in bounded size."""
 
 
 class Batch(Row):
@@ -314,3 +317,48 @@ class Worker(Row):
     started_at: Mapped[datetime] = mapped_column(UtcDateTime)
     seen_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
     stopped_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    drained_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    """Since when an operator wants it to take no more jobs; what it runs it finishes."""
+    usage: Mapped[dict[str, float] | None] = mapped_column(JSON)
+    """As it last beat: `cpu_share` (1.0 is one core), `memory_bytes`, `gpu_share`, `vram_bytes`, `vram_total_bytes`."""
+
+
+class QueuePause(Row):
+    """An image queue from which nothing is claimed until an operator resumes it: one row while it is paused."""
+
+    __tablename__ = "queue_pauses"
+
+    queue: Mapped[str] = mapped_column(String(40), primary_key=True)
+    paused_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class HourOfJobs(Row):
+    """What ended within one hour that is over: `shared.figures` keeps it, so that no chart reads a week of jobs."""
+
+    __tablename__ = "hours_of_jobs"
+
+    start: Mapped[datetime] = mapped_column(UtcDateTime, primary_key=True)
+    ended: Mapped[dict[str, int]] = mapped_column(JSON)
+    """Jobs by final state."""
+    output_px: Mapped[int] = mapped_column(BigInteger)
+    waits: Mapped[dict[str, int]] = mapped_column(JSON)
+    """Waits before the first start: jobs by bucket of their seconds. `runs` likewise, of jobs that succeeded."""
+    runs: Mapped[dict[str, int]] = mapped_column(JSON)
+
+
+class AuditEntry(Row):
+    """Something an operator did."""
+
+    __tablename__ = "audit_entries"
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    at: Mapped[datetime] = mapped_column(UtcDateTime)
+    key_id: Mapped[str | None] = mapped_column(String(40))
+    """Whose session did it; None where it was a command on the service's own machine."""
+    key_name: Mapped[str] = mapped_column(String(100))
+    """As the key was called then."""
+    action: Mapped[str] = mapped_column(String(40))
+    """Noun and verb: `job.cancel`, `queue.pause`, `key.create`."""
+    subject: Mapped[str] = mapped_column(Text)
+    """What it was done to: an id, a queue's name, or in words how many."""
+    detail: Mapped[dict[str, Any]] = mapped_column(JSON)

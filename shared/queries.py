@@ -24,6 +24,7 @@ from shared.models import (
     DeliveryState,
     Job,
     JobState,
+    QueuePause,
     Worker,
 )
 
@@ -285,6 +286,13 @@ class QueueDepth:
     oldest_seconds: float | None
     running: int
     live_workers: int
+    """Drained ones left out."""
+    paused_at: datetime | None = None
+
+    @property
+    def is_forsaken(self) -> bool:
+        """Jobs wait here and nobody will come for them."""
+        return self.queued > 0 and self.live_workers == 0
 
 
 def queue_depths(session: Session, *, worker_lost_after_seconds: float, now: datetime) -> list[QueueDepth]:
@@ -303,7 +311,8 @@ def queue_depths(session: Session, *, worker_lost_after_seconds: float, now: dat
             select(Job.queue, func.count().label("running")).where(Job.state == JobState.RUNNING).group_by(Job.queue)
         )
     }
-    workers = live_workers(session, worker_lost_after_seconds=worker_lost_after_seconds, now=now)
+    workers = serving_workers(session, worker_lost_after_seconds=worker_lost_after_seconds, now=now)
+    paused_at = {pause.queue: pause.paused_at for pause in session.scalars(select(QueuePause))}
     return [
         QueueDepth(
             queue=queue,
@@ -311,6 +320,7 @@ def queue_depths(session: Session, *, worker_lost_after_seconds: float, now: dat
             oldest_seconds=(now - waiting[queue].oldest).total_seconds() if queue in waiting else None,
             running=running.get(queue, 0),
             live_workers=sum(queue in worker.queues for worker in workers),
+            paused_at=paused_at.get(queue),
         )
         for queue in IMAGE_QUEUES
     ]
@@ -323,6 +333,12 @@ def live_workers(session: Session, *, worker_lost_after_seconds: float, now: dat
         .where(Worker.stopped_at.is_(None), Worker.seen_at > now - timedelta(seconds=worker_lost_after_seconds))
         .order_by(Worker.started_at.desc())
     ).all()
+
+
+def serving_workers(session: Session, *, worker_lost_after_seconds: float, now: datetime) -> list[Worker]:
+    """Live worker processes that take jobs: not drained."""
+    alive = live_workers(session, worker_lost_after_seconds=worker_lost_after_seconds, now=now)
+    return [worker for worker in alive if worker.drained_at is None]
 
 
 def recent_workers(session: Session, *, now: datetime, within_seconds: float = 86400) -> Sequence[Worker]:
@@ -345,7 +361,7 @@ def gpu_is_alive(session: Session, *, worker_lost_after_seconds: float, now: dat
     """A live GPU worker serves the gpu queues: `auto` jobs go there."""
     return any(
         worker.device == "gpu"
-        for worker in live_workers(session, worker_lost_after_seconds=worker_lost_after_seconds, now=now)
+        for worker in serving_workers(session, worker_lost_after_seconds=worker_lost_after_seconds, now=now)
     )
 
 
@@ -420,7 +436,7 @@ def expected_wait_seconds(session: Session, queue: str, *, worker_lost_after_sec
             Job.queue == queue, or_(Job.state == JobState.QUEUED, Job.state == JobState.RUNNING)
         )
     )
-    workers = live_workers(session, worker_lost_after_seconds=worker_lost_after_seconds, now=now)
+    workers = serving_workers(session, worker_lost_after_seconds=worker_lost_after_seconds, now=now)
     serving = sum(queue in worker.queues for worker in workers)
     return float(work or 0.0) / max(1, serving)
 
@@ -452,6 +468,8 @@ def unpublished(
             Job.state == JobState.QUEUED,
             or_(Job.run_after.is_(None), Job.run_after <= now),
             or_(never, wiped, hourly, *stale),
+            # A message for a paused queue finds nothing to claim; `jobs.resume_queue` has them all sent.
+            Job.queue.not_in(select(QueuePause.queue)),
         )
         .order_by(Job.id)
         .limit(limit)

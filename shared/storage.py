@@ -1,6 +1,7 @@
 """Object storage through S3 (boto3), embedded or real. Vendor errors are translated here and nowhere else.
 
-Keys: `jobs/<id>/<128 random bits>/input`, `.../result-<attempt>.<ext>`, and `uploads/<id>/<128 random bits>`.
+Keys: `jobs/<id>/<128 random bits>/input`, `.../result-<attempt>.<ext>`, thumbnails beside them (`shared.thumbnails`),
+and `uploads/<id>/<128 random bits>`.
 The attempt in a result's key keeps a late worker from overwriting the winner's.
 """
 
@@ -127,6 +128,11 @@ class Storage:
                 yield from answer["Body"].iter_chunks(STREAM_CHUNK_BYTES)
 
         return facts, chunks()
+
+    def copy(self, key: str, new_key: str) -> None:
+        """Stores the same bytes once more, within storage."""
+        with _translated(key):
+            self._client.copy({"Bucket": self.bucket, "Key": key}, self.bucket, new_key, Config=self._transfer)
 
     def facts(self, key: str) -> BlobFacts:
         with _translated(key):

@@ -10,15 +10,15 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import delete, insert, update
+from sqlalchemy import delete, func, insert, literal, select, update
 from sqlalchemy.orm import Session
 
-from shared.db import Database, clock
-from shared.errors import DatabaseUnavailable
+from shared.db import Database, UtcDateTime, clock
+from shared.errors import DatabaseUnavailable, NotFound
 from shared.models import Worker
 from shared.telemetry import log
 
@@ -71,9 +71,33 @@ def enlist(session: Session, facts: WorkerFacts, *, models_loaded: Sequence[str]
     )
 
 
-def seen(session: Session, worker_id: str, *, models_loaded: Sequence[str], now: datetime) -> bool:
+def seen(
+    session: Session,
+    worker_id: str,
+    *,
+    models_loaded: Sequence[str],
+    now: datetime,
+    usage: Mapping[str, float] | None = None,
+) -> bool:
     """The process is alive. One UPDATE. False where it has no row (yet, or any more)."""
-    return _change(session, worker_id, seen_at=now, models_loaded=list(models_loaded))
+    told = None if usage is None else dict(usage)
+    return _change(session, worker_id, seen_at=now, models_loaded=list(models_loaded), usage=told)
+
+
+def drain(session: Session, worker_id: str, *, now: datetime) -> None:
+    """The process is to take no more jobs (`jobs.claim` sees to it); the one it has it finishes. Raises NotFound."""
+    if not _change(session, worker_id, drained_at=func.coalesce(Worker.drained_at, literal(now, UtcDateTime))):
+        raise NotFound("There is no such worker.")
+
+
+def resume(session: Session, worker_id: str) -> None:
+    """A drained process may take jobs again. Raises NotFound."""
+    if not _change(session, worker_id, drained_at=None):
+        raise NotFound("There is no such worker.")
+
+
+def is_drained(session: Session, worker_id: str) -> bool:
+    return session.scalar(select(Worker.drained_at).where(Worker.id == worker_id)) is not None
 
 
 def working_on(session: Session, worker_id: str, job_id: str | None, *, now: datetime) -> None:
@@ -108,6 +132,7 @@ class Presence:
         interval_seconds: float,
         is_alive: Callable[[], bool] = lambda: True,
         models_loaded: Callable[[], Sequence[str]] = tuple,
+        usage: Callable[[], Mapping[str, float] | None] = lambda: None,
     ) -> None:
         """`is_alive` is asked before each beat: a process that hangs in its work must come to look lost."""
         self.facts = facts
@@ -115,6 +140,7 @@ class Presence:
         self._interval_seconds = interval_seconds
         self._is_alive = is_alive
         self._models_loaded = models_loaded
+        self._usage = usage
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="presence", daemon=True)
 
@@ -142,11 +168,12 @@ class Presence:
         if not self._is_alive():
             log.warning("worker.hangs", worker_id=self.facts.id)
             return
+        usage = self._usage()
         try:
             with self._database.transaction() as session:
                 now = clock(session)
                 models = self._models_loaded()
-                if not seen(session, self.facts.id, models_loaded=models, now=now):
+                if not seen(session, self.facts.id, models_loaded=models, usage=usage, now=now):
                     enlist(session, self.facts, models_loaded=models, now=now)
         except DatabaseUnavailable as error:
             log.warning("worker.not_seen", worker_id=self.facts.id, detail=error.detail)

@@ -72,6 +72,16 @@ class Watch(Protocol):
         """Before the first tile and after each; the bands are those whose rows have been written."""
 
 
+class Onlooker(Protocol):
+    """Is shown pixels on their way; what it sees is its own to copy, and it must be quick."""
+
+    def begins(self, input_rgb: Samples, width: int, height: int) -> None:
+        """The picture is decoded, (H, W, 3), and its result will be `width` x `height` px."""
+
+    def made(self, rows: Samples) -> None:
+        """The next rows of the result, from the top, as they go to the encoder."""
+
+
 class Unwatched:
     """A Watch that looks away."""
 
@@ -169,7 +179,14 @@ class Engine:
         """
         self.network(model).pixels_per_second()
 
-    def enlarge_file(self, source: BinaryIO, target: Path, wanted: Wanted, watch: Watch | None = None) -> Enlarged:
+    def enlarge_file(
+        self,
+        source: BinaryIO,
+        target: Path,
+        wanted: Wanted,
+        watch: Watch | None = None,
+        onlooker: Onlooker | None = None,
+    ) -> Enlarged:
         """Enlarges the picture in `source`, a seekable binary file, into `target`. Where it raises, there is no target.
 
         Holds the decoded input and some bands, never the whole result (WebP and AVIF: libvips holds it once).
@@ -192,6 +209,9 @@ class Engine:
             picture = self._decoder.decode(source, facts)
             format = format_named(wanted.format)
             picture, warnings = _laid_on_background(picture, wanted, format)
+        if onlooker is not None:
+            with clock.time("preview"):
+                onlooker.begins(picture.rgb, width, height)
         with clock.time("load"):
             network = self.network(wanted.model)
         with clock.time("plan"):
@@ -209,6 +229,9 @@ class Engine:
             for samples in _Enlarging(network, picture, work, wanted, format, watch, clock).rows():
                 with clock.time("encode"):
                     encoder.write(samples)
+                if onlooker is not None:
+                    with clock.time("preview"):
+                        onlooker.made(samples)
             labels = None
             if wanted.classify:
                 watch.begins("classify")

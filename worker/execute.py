@@ -15,7 +15,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -49,11 +49,22 @@ from shared.workers import Presence
 from worker import upscale
 from worker.decoding import Sandboxed
 from worker.enlarging import Engine, Progress, Wanted
+from worker.thumbnails import Thumbnails
+from worker.trace import Trace
+from worker.usage import Usage
 
 PROGRESS_SECONDS = 0.5
 """Progress is written at most this late after a tile that made some ..."""
 BAND_SECONDS = 0.1
 """... and at a band's end, but no oftener than this: small bands take milliseconds."""
+
+TRACE_SECONDS = 5.0
+"""So often the trace of a running attempt is written beside its progress."""
+
+DRAINED_LOOK_SECONDS = 1.0
+"""A drained worker looks this often whether it may work again ..."""
+DRAINED_SPELL_SECONDS = 1200.0
+"""... and ends the task it waits in after this: far below the time limit at which Celery would kill it."""
 
 FINISH_RATHER_THAN_RELEASE_SECONDS = 5.0
 """A worker that stops finishes what will take no longer: doing it all again elsewhere would cost more."""
@@ -162,6 +173,7 @@ class Lifeline:
         deadline_in_seconds: float | None,
         is_stopping: Callable[[], bool],
         monotonic: Callable[[], float] = time.monotonic,
+        memory: Callable[[], tuple[int, int | None]] = lambda: (0, None),
     ) -> None:
         self._database, self._settings, self._claim = database, settings, claim
         self._is_stopping, self._monotonic = is_stopping, monotonic
@@ -175,6 +187,13 @@ class Lifeline:
         # Uploads tell of their bytes from threads of their own.
         self._lock = threading.Lock()
         self._stale: StaleAttempt | None = None
+        self._began_at = self._trace_written_at = now
+        self._trace = Trace(memory=memory)
+
+    @property
+    def trace(self) -> dict[str, Any]:
+        """What the attempt has looked like from within until now."""
+        return self._trace.view(self._monotonic() - self._began_at)
 
     @property
     def is_alive(self) -> bool:
@@ -184,12 +203,14 @@ class Lifeline:
     def begins(self, phase: str, *, expected_seconds: float = 0.0) -> None:
         """A phase begins; where it may stay silent for long, the lease is renewed beforehand to cover it."""
         self._phase = phase
+        self._trace.begins(phase, self._monotonic() - self._began_at)
         self._check(left_seconds=0.0)
         needed_seconds = expected_seconds + self._settings.lease_renew_seconds
         if expected_seconds > 0 and self._lease_ends - self._monotonic() < needed_seconds:
             self._write(max(self._settings.lease_seconds, needed_seconds))
 
     def progressed(self, progress: Progress) -> None:
+        self._trace.progressed(progress, self._monotonic() - self._began_at)
         self._check(left_seconds=progress.eta_seconds or 0.0)
         last, self._last = self._last, progress
         since_seconds = self._monotonic() - self._written_at
@@ -246,6 +267,10 @@ class Lifeline:
                     now=clock(session),
                     announce=tenths > self._tenths_announced,
                 )
+                # Kept as it goes: a worker that is killed should leave behind what it looked like.
+                if started - self._trace_written_at >= TRACE_SECONDS:
+                    jobs.keep_trace(session, self._claim, self.trace)
+                    self._trace_written_at = started
         except DatabaseUnavailable as error:
             if not self.is_alive:
                 raise
@@ -278,12 +303,15 @@ class Executor:
         self._decoder = decoder
         self._stopping = threading.Event()
         self._lifeline: Lifeline | None = None
+        self._is_drained = False
+        self._usage = Usage(on_gpu=facts.device == "gpu")
         self.presence = Presence(
             database,
             facts,
             interval_seconds=settings.worker_lost_after_seconds / 3,
             is_alive=self._is_alive,
             models_loaded=lambda: engines[facts.device or "cpu"].models_loaded,
+            usage=self._usage.now,
         )
 
     @classmethod
@@ -344,7 +372,9 @@ class Executor:
                 log.warning("job.not_claimed", detail=error.detail)
                 return None
             if claimed is None:
-                log.info("job.nothing_to_claim")
+                log.info("job.nothing_to_claim", drained=self._is_drained)
+                if self._is_drained:
+                    self._wait_while_drained()
                 return None
             claim, job, now, device = claimed
             with structlog.contextvars.bound_contextvars(attempt=claim.attempt, traceparent=job.traceparent):
@@ -367,9 +397,22 @@ class Executor:
                 now=now,
             )
             if claim is None:
+                self._is_drained = workers.is_drained(session, self.presence.facts.id)
+                if self._is_drained:
+                    jobs.give_message_back(session, job_id)
                 return None
             workers.working_on(session, self.presence.facts.id, job_id, now=now)
             return claim, session.get_one(Job, job_id), now, device
+
+    def _wait_while_drained(self) -> None:
+        """Holds the message, which has been given back, so that the broker hands this process no other."""
+        ends_at = time.monotonic() + DRAINED_SPELL_SECONDS
+        while time.monotonic() < ends_at and not self._stopping.is_set():
+            # As in `_record`, nobody sets it: a signal handler that did would wait for a lock this very thread holds.
+            threading.Event().wait(DRAINED_LOOK_SECONDS)
+            with contextlib.suppress(DatabaseUnavailable), self._database.reading() as session:
+                if not workers.is_drained(session, self.presence.facts.id):
+                    return
 
     def _attempt(self, claim: Claim, job: Job, claimed_at: datetime, device: str) -> Outcome:
         queued_seconds = max(0.0, (claimed_at - job.queued_at).total_seconds())
@@ -381,6 +424,7 @@ class Executor:
             claim,
             deadline_in_seconds=None if job.deadline_at is None else (job.deadline_at - claimed_at).total_seconds(),
             is_stopping=self._stopping.is_set,
+            memory=self._usage.memory,
         )
         outcome: Outcome
         try:
@@ -390,7 +434,7 @@ class Executor:
             self.must_end = isinstance(error, DeviceBroken | SystemExit)
             _log_broken_off(error, outcome)
         try:
-            self._record(claim, outcome)
+            self._record(claim, outcome, self._lifeline.trace)
         finally:
             self._lifeline = None
         log.info(
@@ -404,16 +448,23 @@ class Executor:
     def _work(self, claim: Claim, job: Job, queued_seconds: float, device: str, lifeline: Lifeline) -> JobResult:
         """From the stored input to the stored result. Raises whatever goes wrong."""
         format = format_named(job.format)
-        with scratch_folder() as folder, tempfile.TemporaryFile(dir=folder) as source:
+        with (
+            scratch_folder() as folder,
+            tempfile.TemporaryFile(dir=folder) as source,
+            Thumbnails(self._storage, job.blob_prefix, claim.attempt) as thumbnails,
+        ):
             started = time.monotonic()
             lifeline.begins("fetch", expected_seconds=job.input_bytes / STORE_BYTES_PER_SECOND)
             self._storage.get(job.input_key, cast(BinaryIO, source))
             fetched = time.monotonic()
             target = folder / f"result{format.extension}"
-            made = self._engines[device].enlarge_file(cast(BinaryIO, source), target, wanted_of(job), lifeline)
+            made = self._engines[device].enlarge_file(
+                cast(BinaryIO, source), target, wanted_of(job), lifeline, thumbnails
+            )
 
             storing = time.monotonic()
             lifeline.begins("store", expected_seconds=made.bytes / STORE_BYTES_PER_SECOND)
+            thumbnails.store_result()
             # Named after the attempt: a worker that wakes up after a rescue must not overwrite the winner's result.
             key = f"{job.blob_prefix}/result-{claim.attempt}{format.extension}"
             with target.open("rb") as file:
@@ -447,14 +498,14 @@ class Executor:
             warnings=warnings,
         )
 
-    def _record(self, claim: Claim, outcome: Outcome) -> None:
+    def _record(self, claim: Claim, outcome: Outcome, trace: Mapping[str, Any]) -> None:
         """Writes down what the attempt came to. A database that is away is waited for as long as a lease lasts: after
         that the job is somebody else's."""
         wait_seconds, longest_seconds = RETRY_RECORDING_SECONDS
         ends_at = time.monotonic() + self._settings.lease_seconds
         while True:
             try:
-                self._record_once(claim, outcome)
+                self._record_once(claim, outcome, trace)
                 return
             except DatabaseUnavailable as error:
                 if time.monotonic() + wait_seconds > ends_at:
@@ -464,12 +515,13 @@ class Executor:
             threading.Event().wait(wait_seconds)
             wait_seconds = min(2 * wait_seconds, longest_seconds)
 
-    def _record_once(self, claim: Claim, outcome: Outcome) -> None:
+    def _record_once(self, claim: Claim, outcome: Outcome, trace: Mapping[str, Any]) -> None:
         worker_id = self.presence.facts.id
         try:
             with self._database.transaction() as session:
                 now = clock(session)
                 self._write(session, claim, outcome, now)
+                jobs.keep_trace(session, claim, trace)
                 workers.working_on(session, worker_id, None, now=now)
             return
         except StaleAttempt as error:

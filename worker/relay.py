@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from shared import jobs, workers
+from shared import figures, jobs, workers
 from shared.db import Database, clock
 from shared.errors import Unavailable
 from shared.outbox import SWEEP_BLOBS, Broker, relay_due
@@ -24,6 +24,9 @@ from shared.workers import Presence
 
 ROWS_AT_ONCE = 100
 """Rows one transaction changes at most: SQLite has one writer, and others wait for it."""
+
+FIGURES_SECONDS = 60.0
+"""Hours end once in an hour; looking is one SELECT."""
 
 LAST_WAIT_SECONDS = 0.3
 """How long a stop waits for the steps; what a step was doing then is conditional and can end anywhere."""
@@ -84,6 +87,7 @@ def steps(database: Database, broker: Broker, settings: Settings, stopping: thre
     return [
         Step("rescue", settings.rescue_interval_seconds, lambda: rescue(database, settings)),
         Step("publish", settings.relay_interval_seconds, lambda: publish(database, broker, settings, stopping)),
+        Step("figures", FIGURES_SECONDS, lambda: keep_hours(database)),
         Step("sweep", settings.sweep_interval_seconds, lambda: broker.publish_chore(SWEEP_BLOBS)),
     ]
 
@@ -102,6 +106,12 @@ def rescue(database: Database, settings: Settings) -> None:
             log.info("relay.rescued", jobs=rescued, expired=expired)
         if max(len(rescued), len(expired)) < ROWS_AT_ONCE:
             return
+
+
+def keep_hours(database: Database) -> None:
+    """Keeps a row of figures for every hour that is over, for the operator's charts. SQL only. Raises Unavailable."""
+    with database.transaction() as session:
+        figures.roll_up(session, now=clock(session))
 
 
 def publish(database: Database, broker: Broker, settings: Settings, stopping: threading.Event) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -19,7 +20,7 @@ import torch
 from PIL import Image
 from sqlalchemy.orm import Session
 
-from shared import jobs
+from shared import jobs, thumbnails, workers
 from shared.db import Database, clock
 from shared.errors import (
     BadOutput,
@@ -40,7 +41,7 @@ from shared.models import Attempt, Delivery, Job, JobState, Worker
 from shared.settings import Settings
 from shared.storage import Storage
 from shared.workers import WorkerFacts, enlist
-from tests.conftest import little_room
+from tests.conftest import little_room, wait_until
 from tests.factories import LEASE_SECONDS, a_claim, a_job, a_key, a_png, options
 from tests.worker import a_network
 from worker import execute
@@ -228,6 +229,80 @@ def test_an_attempt_turns_a_queued_job_into_a_stored_result(
     assert job.labels is None
     assert bench.attempts(job_id) == ["succeeded"]
     assert bench.current_job_id is None
+
+
+def test_an_attempt_leaves_its_trace_and_both_thumbnails(bench: Bench) -> None:
+    job_id = bench.submit()
+    assert isinstance(bench.executor.run(job_id), Succeeded)
+    job = bench.job(job_id)
+    with bench.database.reading() as session:
+        trace = session.get_one(Attempt, (job_id, 1)).trace
+    assert trace is not None
+    assert [phase for phase, _ in trace["phases"]] == ["fetch", "decode", "upscale", "encode", "store"]
+    assert trace["bands_total"] == len(trace["band_seconds"]) == 2
+    assert trace["memory"][0][1] > 1_000_000
+    assert thumbnails.expected(job) == ("input", "result")
+    for side in thumbnails.SIDES:
+        assert bench.storage.facts(thumbnails.key(job.blob_prefix, side, 1)).content_type == "image/webp"
+
+
+def test_an_attempt_that_fails_leaves_its_trace_too(bench: Bench) -> None:
+    job_id = bench.submit(b"this is no picture at all, whatever it says")
+    assert isinstance(bench.executor.run(job_id), Fatal)
+    with bench.database.reading() as session:
+        trace = session.get_one(Attempt, (job_id, 1)).trace
+    assert trace is not None
+    assert [phase for phase, _ in trace["phases"]] == ["fetch"]
+
+
+def test_a_running_attempt_shows_its_trace_before_it_ends(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execute, "TRACE_SECONDS", 0.0)
+    job_id = bench.submit()
+    seen: list[Any] = []
+
+    def look(_call: int) -> None:
+        with bench.database.reading() as session:
+            seen.append(session.get_one(Attempt, (job_id, 1)).trace)
+
+    bench.before_call = look
+    bench.executor.run(job_id)
+    assert any(trace is not None and trace["bands_total"] == 2 for trace in seen)
+
+
+def test_a_drained_worker_gives_its_message_back_and_takes_no_other_until_it_is_resumed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execute, "DRAINED_LOOK_SECONDS", 0.01)
+    job_id = bench.submit()
+    bench.change(lambda session: workers.drain(session, bench.worker_id, now=clock(session)))
+    bench.change(lambda session: setattr(session.get_one(Job, job_id), "published_at", clock(session)))
+    drained = threading.Thread(target=bench.executor.run, args=(job_id,))
+    drained.start()
+    wait_until(lambda: bench.job(job_id).published_at is None, seconds=30, what="the message to be given back")
+    assert drained.is_alive(), "it holds on, so that the broker hands it no other message"
+    assert bench.attempts(job_id) == []
+    bench.change(lambda session: workers.resume(session, bench.worker_id))
+    drained.join(30)
+    assert not drained.is_alive()
+    assert isinstance(bench.executor.run(job_id), Succeeded)
+
+
+def test_a_drained_worker_can_be_stopped(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execute, "DRAINED_LOOK_SECONDS", 0.01)
+    job_id = bench.submit()
+    bench.change(lambda session: workers.drain(session, bench.worker_id, now=clock(session)))
+    bench.executor.ask_to_stop()
+    assert bench.executor.run(job_id) is None
+    assert bench.job(job_id).state == JobState.QUEUED
+
+
+def test_a_worker_says_what_it_takes_of_its_machine(bench: Bench) -> None:
+    bench.executor.presence._beat()
+    with bench.database.reading() as session:
+        usage = session.get_one(Worker, bench.worker_id).usage
+    assert usage is not None
+    assert usage["memory_bytes"] > 1_000_000
+    assert usage["cpu_share"] >= 0
 
 
 def test_labels_come_with_the_result_when_asked_for(bench: Bench) -> None:
@@ -623,7 +698,7 @@ def test_recording_is_given_up_when_the_lease_is_surely_over(bench: Bench, monke
     monkeypatch.setattr(execute, "RETRY_RECORDING_SECONDS", (0.02, 0.02))
     bench.executor._settings = bench.settings.model_copy(update={"lease_seconds": 0.1})
     with away(bench.database, monkeypatch) as tries:
-        bench.executor._record(Claim("job_1", 1), Released())
+        bench.executor._record(Claim("job_1", 1), Released(), trace={})
     assert 1 < len(tries) < 10
 
 

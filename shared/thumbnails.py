@@ -1,0 +1,26 @@
+"""Where the thumbnails of a job lie: what the worker writes and the API reads. They go with the job's other blobs."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from shared.models import Job, JobState
+
+Side = Literal["input", "result"]
+SIDES: tuple[Side, ...] = ("input", "result")
+MIME_TYPE = "image/webp"
+LONGEST_SIDE_PX = 256
+
+
+def key(blob_prefix: str, side: Side, attempt: int) -> str:
+    """The input looks the same to every attempt; a result's thumbnail names its attempt, as the result does."""
+    return (
+        f"{blob_prefix}/thumbnail-input.webp" if side == "input" else f"{blob_prefix}/thumbnail-result-{attempt}.webp"
+    )
+
+
+def expected(job: Job) -> tuple[Side, ...]:
+    """The thumbnails that are likely to be there: none before a worker has begun, nor after the pictures were swept."""
+    if job.swept_at is not None or job.attempt == 0:
+        return ()
+    return SIDES if job.state == JobState.SUCCEEDED else ("input",)

@@ -2,7 +2,7 @@
 # ARGS goes to the command behind a target: `make test ARGS="tests/shared -k cancel"`, `make demo ARGS=--help`.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test lint bench
+.PHONY: help demo up test lint bench images
 # Two installs into one .venv at once would spoil it.
 .NOTPARALLEL:
 
@@ -25,12 +25,12 @@ up: ## Run the whole service on this machine until ^C; prints the address, a key
 # Complete means every line and branch. Asked for where a gap would lose jobs or spoil pictures, and only of whole runs.
 COMPLETELY_COVERED := shared/jobs.py,worker/tiling.py,worker/upscale.py
 test: ## Run every test, print the coverage, and fail where jobs, tiling or upscale are not covered completely.
-	$(INSTALL) api worker stack test lint
+	$(INSTALL) api worker stack traces test lint
 	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
 	$(if $(ARGS),,$(BIN)/python -m coverage report --include=$(COMPLETELY_COVERED) --fail-under=100)
 
 lint: ## Check style (ruff), types (mypy) and who imports whom (import-linter).
-	$(INSTALL) api worker stack test lint
+	$(INSTALL) api worker stack traces test lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -39,3 +39,7 @@ lint: ## Check style (ruff), types (mypy) and who imports whom (import-linter).
 bench: ## Measure the speed of the network and of a whole job on this machine, side by side.
 	$(INSTALL) api worker stack
 	$(BIN)/enlarger bench $(ARGS)
+
+images: ## Build both container images with buildah and run docker-compose.yml from them, without Docker (root, Debian).
+	$(INSTALL) api worker stack test
+	$(BIN)/python -m tests.images.try_images $(ARGS)

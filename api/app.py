@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import re
 import secrets
 import time
@@ -12,17 +13,20 @@ import structlog
 from flask import Flask, Response, g, request
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from api import dashboard, health, openapi, problems, v1, web
+from api import asked, dashboard, health, openapi, problems, v1, web
 from api.context import Context, Seats
 from api.limits import RateLimits
 from shared import settings as settings_module
+from shared import workers
 from shared.db import Database
 from shared.outbox import Broker, Hurrier
 from shared.outgoing import GuardedClient
 from shared.sandbox import Sandbox
 from shared.settings import Settings
 from shared.storage import Storage
-from shared.telemetry import configure_logs, log
+from shared.telemetry import configure_logs, log, tallies
+from shared.traces import Span, Traces
+from shared.workers import Presence
 
 # What a form has around its picture: part headers and the other fields.
 FORM_OVERHEAD_BYTES = 1024 * 1024
@@ -37,6 +41,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     Raises ValueError where there is no secret key: sessions and webhook signatures would be anybody's to forge.
     """
     sandbox = Sandbox("shared.pictures")
+    is_own_process = settings is None
     if settings is None:
         settings = settings_module.load()
         configure_logs(settings.log_level, settings.log_format)
@@ -57,7 +62,16 @@ def create_app(settings: Settings | None = None) -> Flask:
         seats=Seats(settings.api_threads),
         limits=RateLimits(settings),
         sandbox=sandbox,
+        traces=Traces(settings.traces_url, "api"),
     )
+    if is_own_process:
+        # What it counts reaches `/metrics` through its row: the next question may come to another process.
+        presence = Presence(
+            database, workers.this_process("api"), interval_seconds=settings.worker_lost_after_seconds / 3
+        )
+        presence.start(at_once=False)
+        atexit.register(context.traces.close)
+        atexit.register(presence.stop)
     app = Flask("api")
     app.config.update(
         SECRET_KEY=settings.secret_key,
@@ -74,7 +88,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     app.json.sort_keys = False  # type: ignore[attr-defined]  # the provider Flask makes has it
     app.extensions["enlarger"] = context
     problems.install(app)
-    app.before_request(_begin)
+    app.before_request(lambda: _begin(context.traces))
     app.after_request(_Finish(settings))
     # One for both who ask: its threads are what a server that hangs may hold.
     servers = health.Servers(context)
@@ -89,13 +103,22 @@ def create_app(settings: Settings | None = None) -> Flask:
     return app
 
 
-def _begin() -> None:
-    """Names the request: by the id the client sent, where it is harmless, else by a fresh one."""
+def _begin(traces: Traces) -> None:
+    """Names the request, by the id the client sent, where it is harmless, else by a fresh one; and its trace."""
     sent = request.headers.get("X-Request-Id", "")
     g.request_id = sent if _REQUEST_ID.fullmatch(sent) else secrets.token_hex(16)
     g.began_at = time.perf_counter()
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(request_id=g.request_id)
+    parent = asked.traceparent()
+    g.span = Span(parent) if request.endpoint in _UNLOGGED else traces.begin(_span_name(), parent)
+    if g.span.traceparent is not None:
+        structlog.contextvars.bind_contextvars(traceparent=g.span.traceparent)
+
+
+def _span_name() -> str:
+    # By the route's pattern and not by the path: ids in names would make every request a kind of its own.
+    return f"{request.method} {request.url_rule.rule if request.url_rule else '(no route)'}"
 
 
 class _Finish:
@@ -130,14 +153,20 @@ class _Finish:
         allowance = g.get("allowance")
         if allowance is not None:
             headers.update(allowance.headers())
+        seconds = time.perf_counter() - g.began_at if "began_at" in g else 0.0
         if request.endpoint not in _UNLOGGED:
+            tallies.observe(
+                "enlarger_http_seconds", seconds, route=request.endpoint or "none", status=str(response.status_code)
+            )
             caller = g.get("caller")
             log.info(
                 "http.answered",
                 method=request.method,
                 path=request.path,
                 status=response.status_code,
-                seconds=round(time.perf_counter() - g.began_at, 4) if "began_at" in g else None,
+                seconds=round(seconds, 4),
                 key_id=None if caller is None else caller.key_id,
             )
+        if "span" in g:
+            g.span.end(**{"http.response.status_code": response.status_code})
         return response

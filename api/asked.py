@@ -76,7 +76,7 @@ def wait_seconds(context: Context) -> int | None:
 
 
 def traceparent() -> str | None:
-    """The W3C trace the request belongs to; None where there is none, or none that is well formed."""
+    """The W3C trace that the client's request belongs to; None where there is none, or none that is well formed."""
     sent = request.headers.get("traceparent", "")
     return sent if _TRACEPARENT.fullmatch(sent) else None
 

@@ -13,6 +13,7 @@ from shared.outgoing import GuardedClient
 from shared.sandbox import Sandbox
 from shared.settings import Settings
 from shared.storage import Storage
+from shared.traces import Traces
 
 # Threads of a process that nobody who waits for a job may hold.
 THREADS_KEPT_FREE = 8
@@ -52,6 +53,7 @@ class Context:
     limits: RateLimits
     sandbox: Sandbox
     """Where pictures' headers are read."""
+    traces: Traces
 
     def close(self) -> None:
         """Sends what still waits and gives back connections. Requests under way fail; call it when no more come."""
@@ -61,3 +63,4 @@ class Context:
         self.broker.close()
         self.storage.close()
         self.database.close()
+        self.traces.close()

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from datetime import timedelta
 
 from flask import Blueprint, Response, jsonify
+from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.registry import Collector
 
 from api import auth
 from api.context import Context
 from shared import queries
 from shared.db import clock
 from shared.errors import Unavailable
-from shared.telemetry import METRICS
+from shared.telemetry import COUNTED, METRICS
 
 # Shorter than the patience of who asks (Kubernetes: 1 s by default, ours in docker-compose.yml is 5 s).
 PATIENCE_SECONDS = 2.0
@@ -79,31 +83,62 @@ def _metrics(context: Context) -> Response:
         depths = queries.queue_depths(
             session, worker_lost_after_seconds=context.settings.worker_lost_after_seconds, now=now
         )
-        alive = Counter(
-            worker.kind
-            for worker in queries.live_workers(
-                session, worker_lost_after_seconds=context.settings.worker_lost_after_seconds, now=now
-            )
+        workers = queries.live_workers(
+            session, worker_lost_after_seconds=context.settings.worker_lost_after_seconds, now=now
         )
         lapsed = queries.lapsed_leases(session, now=now)
         ended = queries.ended_by_state(session, since=now - timedelta(hours=1))
         pending = queries.deliveries_pending(session)
         removals = queries.blob_removals_due(session, now=now)
-    values: dict[str, list[tuple[str, float]]] = {
-        "enlarger_jobs": [(f'{{state="{state}"}}', count) for state, count in states.items()],
-        "enlarger_queue_depth": [(f'{{queue="{d.queue}"}}', d.queued) for d in depths],
-        "enlarger_queue_oldest_seconds": [(f'{{queue="{d.queue}"}}', d.oldest_seconds or 0.0) for d in depths],
-        "enlarger_queue_running": [(f'{{queue="{d.queue}"}}', d.running) for d in depths],
-        "enlarger_queue_live_workers": [(f'{{queue="{d.queue}"}}', d.live_workers) for d in depths],
-        "enlarger_live_workers": [(f'{{kind="{kind}"}}', alive[kind]) for kind in ("images", "chores", "relay")],
-        "enlarger_lapsed_leases": [("", lapsed)],
-        "enlarger_jobs_ended_hour": [(f'{{state="{state}"}}', count) for state, count in ended.items()],
-        "enlarger_deliveries_pending": [("", pending)],
-        "enlarger_blob_removals_due": [("", removals)],
+        counted = queries.tallies(session, now=now)
+    alive = Counter(worker.kind for worker in workers)
+    used = [({"worker": worker.id}, worker.usage) for worker in workers if worker.usage]
+    values: dict[str, list[tuple[dict[str, str], float]]] = {
+        "enlarger_jobs": [({"state": state}, count) for state, count in states.items()],
+        "enlarger_queue_depth": [({"queue": d.queue}, d.queued) for d in depths],
+        "enlarger_queue_oldest_seconds": [({"queue": d.queue}, d.oldest_seconds or 0.0) for d in depths],
+        "enlarger_queue_running": [({"queue": d.queue}, d.running) for d in depths],
+        "enlarger_queue_live_workers": [({"queue": d.queue}, d.live_workers) for d in depths],
+        "enlarger_live_workers": [({"kind": kind}, alive[kind]) for kind in ("images", "chores", "relay", "api")],
+        "enlarger_lapsed_leases": [({}, lapsed)],
+        "enlarger_jobs_ended_hour": [({"state": state}, count) for state, count in ended.items()],
+        "enlarger_deliveries_pending": [({}, pending)],
+        "enlarger_blob_removals_due": [({}, removals)],
+        "enlarger_worker_cpu_cores": [(of, u["cpu_share"]) for of, u in used if "cpu_share" in u],
+        "enlarger_worker_memory_bytes": [(of, u["memory_bytes"]) for of, u in used if "memory_bytes" in u],
+        "enlarger_gpu_share": [(of, u["gpu_share"]) for of, u in used if "gpu_share" in u],
+        "enlarger_gpu_memory_bytes": [
+            ({**of, "part": part}, u[name])
+            for of, u in used
+            for part, name in (("used", "vram_bytes"), ("total", "vram_total_bytes"))
+            if name in u
+        ],
     }
-    lines = []
-    for name, (kind, text) in METRICS.items():
-        lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
-        lines += [f"{name}{labels} {value}" for labels, value in values[name]]
-    # Prometheus text format 0.0.4.
-    return Response("\n".join(lines) + "\n", mimetype="text/plain", content_type="text/plain; version=0.0.4")
+    families = {name: Metric(name, help, kind) for name, (kind, help) in METRICS.items()}
+    for name, series in values.items():
+        for labels, value in series:
+            families[name].add_sample(name, labels, value)
+    for name, counted_metric in COUNTED.items():
+        families[name] = Metric(name.removesuffix("_total"), counted_metric.help, counted_metric.kind)
+    for process in counted:
+        for sample, labels, value in process.tallies:
+            # A process of another version may count what this one has never heard of.
+            family = families.get(_SUFFIX.sub("", sample)) or families.get(sample)
+            if family is not None:
+                family.add_sample(sample, {**labels, "kind": process.kind, "worker": process.id}, value)
+    registry = CollectorRegistry()
+    registry.register(_Collected(families.values()))
+    return Response(generate_latest(registry), content_type=CONTENT_TYPE_PLAIN_0_0_4)
+
+
+_SUFFIX = re.compile("_(bucket|sum|count)$")
+
+
+class _Collected(Collector):
+    """Metrics that are there already, as the library's printer wants them."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = list(families)
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families

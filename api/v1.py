@@ -16,7 +16,7 @@ from datetime import datetime, timedelta
 from pathlib import PurePosixPath
 from typing import Any
 
-from flask import Blueprint, Response, jsonify, request
+from flask import Blueprint, Response, g, jsonify, request
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
@@ -812,7 +812,7 @@ def _options(
         external_id=wanted.external_id,
         webhook_url=wanted.webhook_url,
         webhook_events=deliveries.TERMINAL_EVENTS if wanted.webhook_events is None else wanted.webhook_events,
-        traceparent=asked.traceparent(),
+        traceparent=g.span.traceparent,
         expected_seconds=_expected_seconds(card, scale, stored.facts.pixels),
         batch_id=batch_id,
     )

@@ -1,4 +1,4 @@
-"""Commands of `enlarger` that run the service or look after it: up, serve, migrate, keys, sign-in, doctor.
+"""Commands of `enlarger` that run the service or look after it: up, serve, alive, migrate, keys, sign-in, doctor.
 
 Loaded by name, through the entry points `enlarger.commands`, and cheap to import: what a command needs it imports when
 it runs.
@@ -108,6 +108,27 @@ def serve(process: str, host: str, port: int, processes: int) -> None:
         stack.prepare(settings)
     else:
         stack.serve(process, settings, host=host, port=port, processes=processes)
+
+
+@click.command()
+@click.option(
+    "--within", "seconds", default=60.0, show_default=True, help="How long ago the last beat may be, in seconds."
+)
+def alive(seconds: float) -> None:
+    """Say whether the worker, chores and relay processes of this host live: for health checks of containers.
+
+    Each leaves a beat on this host's disk as long as it does not hang in its work; no server is asked. Exits with 1
+    where one is silent for too long, or none has begun.
+    """
+    from shared import workers
+
+    silent = workers.silent_for_seconds()
+    hanging = {pid: since for pid, since in silent.items() if since > seconds}
+    for pid, since in sorted(hanging.items()):
+        click.echo(f"Process {pid} has been silent for {since:.0f} s.", err=True)
+    if not silent:
+        click.echo("No worker, chores or relay process has begun on this host.", err=True)
+    sys.exit(1 if hanging or not silent else 0)
 
 
 @click.command()

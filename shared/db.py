@@ -6,6 +6,7 @@ SQLite (the default, one host) and PostgreSQL (production) are treated alike by 
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.types import TypeDecorator
 
 from shared.errors import DatabaseUnavailable
+from shared.telemetry import tallies
 
 # Named constraints, so that migrations can drop what they made on either database.
 NAMING_CONVENTION = {
@@ -98,6 +100,8 @@ class Database:
                 },
             )
             event.listen(self.engine, "do_connect", _connect_impatiently)
+        event.listen(self.engine, "before_cursor_execute", _statement_begins)
+        event.listen(self.engine, "after_cursor_execute", _statement_ends)
         self._reading_engine = self.engine.execution_options(enlarger_reading=True)
 
     @contextmanager
@@ -157,6 +161,15 @@ class _Impatient(psycopg.Connection[Any]):
 
 def _connect_impatiently(_dialect: Dialect, _record: ConnectionPoolEntry, words: Any, named: Any) -> Any:
     return _Impatient.connect(*words, **named)
+
+
+def _statement_begins(connection: Connection, *_: Any) -> None:
+    connection.info["began_at"] = time.perf_counter()
+
+
+def _statement_ends(connection: Connection, _cursor: Any, statement: str, *_: Any) -> None:
+    seconds = time.perf_counter() - connection.info["began_at"]
+    tallies.observe("enlarger_sql_seconds", seconds, statement=statement.split(None, 1)[0].upper())
 
 
 def _prepare_sqlite(connection: Any, _record: ConnectionPoolEntry) -> None:

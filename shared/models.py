@@ -305,7 +305,7 @@ class Worker(Row):
 
     id: Mapped[str] = mapped_column(String(100), primary_key=True)
     kind: Mapped[str] = mapped_column(String(12))
-    """images, chores or relay."""
+    """images, chores, relay or api."""
     host: Mapped[str] = mapped_column(String(100))
     pid: Mapped[int]
     device: Mapped[str | None] = mapped_column(String(10))
@@ -321,6 +321,8 @@ class Worker(Row):
     """Since when an operator wants it to take no more jobs; what it runs it finishes."""
     usage: Mapped[dict[str, float] | None] = mapped_column(JSON)
     """As it last beat: `cpu_share` (1.0 is one core), `memory_bytes`, `gpu_share`, `vram_bytes`, `vram_total_bytes`."""
+    tallies: Mapped[list[Any] | None] = mapped_column(JSON)
+    """What it has counted (`telemetry.Samples`), as of `seen_at`."""
 
 
 class QueuePause(Row):

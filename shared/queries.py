@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Generic, TypeVar
 
-from sqlalchemy import Select, and_, case, func, or_, select
+from sqlalchemy import Row, Select, and_, case, func, or_, select
 from sqlalchemy.orm import Session, aliased
 
 from shared.errors import InvalidRequest, NotFound
@@ -339,6 +339,16 @@ def serving_workers(session: Session, *, worker_lost_after_seconds: float, now: 
     """Live worker processes that take jobs: not drained."""
     alive = live_workers(session, worker_lost_after_seconds=worker_lost_after_seconds, now=now)
     return [worker for worker in alive if worker.drained_at is None]
+
+
+def tallies(session: Session, *, now: datetime, within_seconds: float = 600) -> Sequence[Row[Any]]:
+    """(id, kind, tallies) of every process heard of lately, those that have stopped included: their last numbers count
+    too, and a scrape must have time to see them."""
+    return session.execute(
+        select(Worker.id, Worker.kind, Worker.tallies)
+        .where(Worker.seen_at > now - timedelta(seconds=within_seconds), Worker.tallies.is_not(None))
+        .order_by(Worker.id)
+    ).all()
 
 
 def recent_workers(session: Session, *, now: datetime, within_seconds: float = 86400) -> Sequence[Worker]:

@@ -141,6 +141,10 @@ class Settings(BaseSettings):
     # Logs and server.
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
     log_format: Literal["json", "text"] = Field("json", description="One JSON object a line, or text for people.")
+    traces_url: str = Field(
+        "",
+        description="Collector of OpenTelemetry traces (OTLP over HTTP): `http://host:4318/v1/traces`; empty: none.",
+    )
     api_threads: int = Field(
         32, gt=0, description="Requests one API process answers at once; an event stream holds one."
     )

@@ -7,6 +7,7 @@ The attempt in a result's key keeps a late worker from overwriting the winner's.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from s3transfer.exceptions import RetriesExceededError
 
 from shared.errors import BlobMissing, DiskFull, StorageUnavailable
 from shared.settings import Settings
+from shared.telemetry import tallies
 
 # Below this one PUT; above, a multipart upload whose parts go up while the next is read.
 MULTIPART_BYTES = 16 * 1024 * 1024
@@ -73,6 +75,9 @@ class Storage:
             config=config,
         )
         self._client = client(endpoint_url=settings.storage_endpoint_url or None)
+        events = self._client.meta.events
+        events.register("before-call.s3", _request_begins)
+        events.register("after-call.s3", _request_ends)
         public_url = settings.storage_public_url or settings.storage_endpoint_url
         # Signatures cover the host, so links are signed by a client that believes in the address clients use.
         self._signer = self._client if public_url == settings.storage_endpoint_url else client(endpoint_url=public_url)
@@ -208,6 +213,16 @@ def content_disposition(disposition: str, file_name: str) -> str:
 def _sdk() -> boto3.session.Session:
     """Each of boto3's sessions reads its descriptions of services anew, 0.1 s: one for all clients of the process."""
     return boto3.session.Session()
+
+
+def _request_begins(context: dict[str, Any], **_: Any) -> None:
+    context["enlarger_began_at"] = time.perf_counter()
+
+
+def _request_ends(context: dict[str, Any], model: Any, **_: Any) -> None:
+    tallies.observe(
+        "enlarger_storage_seconds", time.perf_counter() - context["enlarger_began_at"], operation=str(model.name)
+    )
 
 
 @contextmanager

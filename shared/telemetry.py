@@ -1,31 +1,124 @@
-"""Structured logs, bound to job and attempt, and the one table of metric names.
+"""Structured logs, bound to job and attempt, and the one table of metric names with what a process counts of them.
 
 A log line is an event with fields: `job.claimed job_id=... attempt=2 wait_seconds=1.4`. Secrets, signed links and
 request bodies are never fields.
+
+What SQL knows (depths, ages, states) is asked of SQL when `/metrics` is read. What only the process knows that does the
+work (how long a phase took, how storage answers) it counts itself, and its row in SQL carries the numbers
+(`shared.workers.Presence`): so any API process can tell everybody's, and a worker needs no port.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import structlog
+from prometheus_client import CollectorRegistry, Counter, Histogram
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
-# Every metric, its type and its help: `/metrics` prints these and no others.
+# Every metric that is asked of SQL, its type and its help. With COUNTED below: `/metrics` prints these and no others.
 METRICS: dict[str, tuple[str, str]] = {
     "enlarger_jobs": ("gauge", "Jobs by state."),
     "enlarger_queue_depth": ("gauge", "Queued jobs by image queue."),
     "enlarger_queue_oldest_seconds": ("gauge", "Age of the oldest queued job by image queue."),
     "enlarger_queue_running": ("gauge", "Running jobs by image queue."),
     "enlarger_queue_live_workers": ("gauge", "Live workers by image queue; 0 with jobs queued needs a person."),
-    "enlarger_live_workers": ("gauge", "Live processes by kind: images, chores, relay."),
+    "enlarger_live_workers": ("gauge", "Live processes by kind: images, chores, relay, api."),
     "enlarger_lapsed_leases": ("gauge", "Running jobs whose lease has passed; the relay takes them back in seconds."),
     "enlarger_jobs_ended_hour": ("gauge", "Jobs that ended within the last hour, by state."),
     "enlarger_deliveries_pending": ("gauge", "Webhook deliveries owed and not finished."),
     "enlarger_blob_removals_due": ("gauge", "Prefixes of storage whose removal is due and not done."),
+    "enlarger_worker_cpu_cores": ("gauge", "Cores that a live image worker uses."),
+    "enlarger_worker_memory_bytes": ("gauge", "Memory of a live image worker."),
+    "enlarger_gpu_share": ("gauge", "How busy a live worker's GPU is, from 0 to 1."),
+    "enlarger_gpu_memory_bytes": ("gauge", "Memory of a live worker's GPU: used by anybody, and total."),
 }
+
+_SHORT_SECONDS = (0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0)
+_LONG_SECONDS = (0.1, 0.5, 2.0, 10.0, 30.0, 120.0, 600.0, 3600.0)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A metric that processes count themselves. Few labels and few buckets: each process keeps one row of all."""
+
+    kind: Literal["counter", "histogram"]
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+    def made(self, name: str, registry: CollectorRegistry) -> Any:
+        match self.kind:
+            case "counter":
+                return Counter(name, self.help, self.labels, registry=registry)
+            case "histogram":
+                return Histogram(name, self.help, self.labels, registry=registry, buckets=self.buckets)
+
+
+# Printed with the labels `kind` and `worker` beside their own: a process that ends takes its series with it.
+COUNTED: dict[str, Counted] = {
+    "enlarger_attempts_total": Counted("counter", "Attempts that ended, by what they came to.", ("outcome",)),
+    "enlarger_queue_wait_seconds": Counted(
+        "histogram", "From entering the queue to the claim of an attempt.", ("queue",), _LONG_SECONDS
+    ),
+    "enlarger_phase_seconds": Counted(
+        "histogram", "Time spent in each phase of successful attempts.", ("phase",), _LONG_SECONDS
+    ),
+    "enlarger_output_megapixels_total": Counted("counter", "Megapixels of results stored, by model.", ("model",)),
+    "enlarger_oom_retries_total": Counted("counter", "Bands cut into smaller tiles because memory ran out."),
+    "enlarger_band_reruns_total": Counted("counter", "Bands computed again in float32: their result was not sane."),
+    "enlarger_webhook_tries_total": Counted(
+        "counter", "Tries at webhook deliveries: delivered, pending (will be tried again), abandoned.", ("outcome",)
+    ),
+    "enlarger_storage_seconds": Counted(
+        "histogram", "Requests to object storage that were answered, by operation.", ("operation",), _SHORT_SECONDS
+    ),
+    "enlarger_sql_seconds": Counted("histogram", "SQL statements by their first word.", ("statement",), _SHORT_SECONDS),
+    "enlarger_http_seconds": Counted(
+        "histogram", "HTTP requests of the API, by route and status.", ("route", "status"), _SHORT_SECONDS
+    ),
+}
+
+# One value each of a metric: its name (`..._sum`, `..._bucket`), its labels, the value. As JSON has them.
+Samples = list[list[Any]]
+
+
+class Tallies:
+    """What one process has counted since it began. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._metrics = {name: counted.made(name, self._registry) for name, counted in COUNTED.items()}
+
+    def count(self, name: str, amount: float = 1, /, **labels: str) -> None:
+        """Adds to a counter of COUNTED."""
+        self._of(name, labels).inc(amount)
+
+    def observe(self, name: str, seconds: float, /, **labels: str) -> None:
+        """One more duration for a histogram of COUNTED."""
+        self._of(name, labels).observe(seconds)
+
+    def samples(self) -> Samples:
+        """Everything counted so far; what has never been counted is left out."""
+        return [
+            [sample.name, dict(sample.labels), sample.value]
+            for family in self._registry.collect()
+            for sample in family.samples
+            # When each series began is as many numbers again, and nobody asks.
+            if not sample.name.endswith("_created")
+        ]
+
+    def _of(self, name: str, labels: dict[str, str]) -> Any:
+        metric = self._metrics[name]
+        return metric.labels(**labels) if labels else metric
+
+
+tallies = Tallies()
+"""Of this process, as `log` is."""
 
 
 def configure_logs(level: str, format: str) -> None:

@@ -2,17 +2,24 @@
 
 A row says that its process is alive, what it runs and which queues it serves. It decides where `auto` jobs go and what
 the dashboard shows. It decides nothing about a job: that is the lease's business.
+
+Beside the row each beat leaves a file on this host, which `enlarger alive` reads: who supervises a container must learn
+that a process hangs, and must not start it afresh because SQL is away.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import socket
+import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from pathlib import Path
 
 from sqlalchemy import delete, func, insert, literal, select, update
 from sqlalchemy.orm import Session
@@ -20,12 +27,13 @@ from sqlalchemy.orm import Session
 from shared.db import Database, UtcDateTime, clock
 from shared.errors import DatabaseUnavailable, NotFound
 from shared.models import Worker
-from shared.telemetry import log
+from shared.telemetry import Samples, log, tallies
 
 KEPT_SECONDS = 7 * 86400
 """A process not heard of for this long is forgotten."""
 
 _HOST_NAME_KEPT = 60
+_BEAT_PREFIX = "enlarger-beat-"
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,7 @@ class WorkerFacts:
 
     id: str
     kind: str
-    """images, chores or relay."""
+    """images, chores, relay or api."""
     host: str
     pid: int
     queues: tuple[str, ...] = ()
@@ -53,7 +61,14 @@ def this_process(
     return WorkerFacts(worker_id, kind, host, pid, tuple(queues), device, device_name)
 
 
-def enlist(session: Session, facts: WorkerFacts, *, models_loaded: Sequence[str] = (), now: datetime) -> None:
+def enlist(
+    session: Session,
+    facts: WorkerFacts,
+    *,
+    models_loaded: Sequence[str] = (),
+    samples: Samples | None = None,
+    now: datetime,
+) -> None:
     """Writes the row of a process that has just become ready. Its id must be new."""
     session.execute(
         insert(Worker).values(
@@ -65,6 +80,7 @@ def enlist(session: Session, facts: WorkerFacts, *, models_loaded: Sequence[str]
             device_name=facts.device_name,
             queues=list(facts.queues),
             models_loaded=list(models_loaded),
+            tallies=samples,
             started_at=now,
             seen_at=now,
         )
@@ -78,10 +94,12 @@ def seen(
     models_loaded: Sequence[str],
     now: datetime,
     usage: Mapping[str, float] | None = None,
+    samples: Samples | None = None,
 ) -> bool:
-    """The process is alive. One UPDATE. False where it has no row (yet, or any more)."""
+    """The process is alive, and has counted these. One UPDATE. False where it has no row (yet, or any more)."""
     told = None if usage is None else dict(usage)
-    return _change(session, worker_id, seen_at=now, models_loaded=list(models_loaded), usage=told)
+    values = {"models_loaded": list(models_loaded), "usage": told, "tallies": samples}
+    return _change(session, worker_id, seen_at=now, **values)
 
 
 def drain(session: Session, worker_id: str, *, now: datetime) -> None:
@@ -105,9 +123,9 @@ def working_on(session: Session, worker_id: str, job_id: str | None, *, now: dat
     _change(session, worker_id, seen_at=now, current_job_id=job_id)
 
 
-def stopped(session: Session, worker_id: str, *, now: datetime) -> None:
+def stopped(session: Session, worker_id: str, *, samples: Samples | None = None, now: datetime) -> None:
     """The process ends in order."""
-    _change(session, worker_id, seen_at=now, stopped_at=now, current_job_id=None)
+    _change(session, worker_id, seen_at=now, stopped_at=now, current_job_id=None, tallies=samples)
 
 
 def forget_lost(session: Session, *, now: datetime) -> int:
@@ -116,6 +134,30 @@ def forget_lost(session: Session, *, now: datetime) -> int:
         delete(Worker).where(Worker.seen_at < now - timedelta(seconds=KEPT_SECONDS)).returning(Worker.id)
     )
     return len(gone.all())
+
+
+def silent_for_seconds(folder: Path | None = None) -> dict[int, float]:
+    """Every process of this host that has begun to beat and still runs: its id, and how long ago its last beat was.
+
+    `folder` is where beats are left; None is the folder for temporary files.
+    """
+    found = {}
+    for path in (folder or Path(tempfile.gettempdir())).glob(f"{_BEAT_PREFIX}*"):
+        pid, _, started = path.name.removeprefix(_BEAT_PREFIX).partition("-")
+        # A file outlives a process that was killed, and its process id may be another's today.
+        if started and started == _started(int(pid)):
+            with contextlib.suppress(FileNotFoundError):
+                found[int(pid)] = max(0.0, time.time() - path.stat().st_mtime)
+    return found
+
+
+def _started(pid: int) -> str:
+    """The moment at which a process was started, in ticks of the kernel's clock; empty where there is none."""
+    try:
+        # After the name, which may hold spaces and brackets: proc(5), field 22.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
 
 
 class Presence:
@@ -143,10 +185,13 @@ class Presence:
         self._usage = usage
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="presence", daemon=True)
+        self._beat_file = Path(tempfile.gettempdir()) / f"{_BEAT_PREFIX}{facts.pid}-{_started(facts.pid)}"
 
-    def start(self) -> None:
-        """Enlists and begins to beat; where the database is away, enlists when it is back."""
-        self._beat()
+    def start(self, *, at_once: bool = True) -> None:
+        """Enlists and begins to beat; where the database is away, enlists when it is back. With `at_once` false no
+        server is asked before the first interval is over."""
+        if at_once:
+            self._beat()
         self._thread.start()
 
     def stop(self) -> None:
@@ -154,9 +199,10 @@ class Presence:
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join(1)
+        self._beat_file.unlink(missing_ok=True)
         try:
             with self._database.transaction() as session:
-                stopped(session, self.facts.id, now=clock(session))
+                stopped(session, self.facts.id, samples=tallies.samples(), now=clock(session))
         except DatabaseUnavailable as error:
             log.warning("worker.stop_not_told", worker_id=self.facts.id, detail=error.detail)
 
@@ -168,13 +214,15 @@ class Presence:
         if not self._is_alive():
             log.warning("worker.hangs", worker_id=self.facts.id)
             return
+        self._beat_file.touch()
         usage = self._usage()
         try:
             with self._database.transaction() as session:
                 now = clock(session)
                 models = self._models_loaded()
-                if not seen(session, self.facts.id, models_loaded=models, usage=usage, now=now):
-                    enlist(session, self.facts, models_loaded=models, now=now)
+                samples = tallies.samples()
+                if not seen(session, self.facts.id, models_loaded=models, usage=usage, samples=samples, now=now):
+                    enlist(session, self.facts, models_loaded=models, samples=samples, now=now)
         except DatabaseUnavailable as error:
             log.warning("worker.not_seen", worker_id=self.facts.id, detail=error.detail)
 

@@ -33,6 +33,7 @@ SERVICES = COMPOSE["services"]
 # Read by the set-up, the tests, the client and the examples; all else is a field of Settings.
 OTHER_VARIABLES = {
     "ENLARGER_API_KEY",
+    "ENLARGER_GRAFANA_PORT",
     "ENLARGER_S3_PORT",
     "ENLARGER_SAMPLES",
     "ENLARGER_TORCH_INDEX",
@@ -51,7 +52,7 @@ def make_targets() -> set[str]:
 def test_make_alone_says_what_there_is_with_a_sentence_each() -> None:
     said = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     lines = dict(re.findall(r"^ +make ([a-z]+) +(.+)$", said, re.MULTILINE))
-    assert set(lines) == {"help", "demo", "up", "test", "lint", "bench"} == make_targets()
+    assert set(lines) == {"help", "demo", "up", "test", "lint", "bench", "images"} == make_targets()
     assert all(sentence.endswith(".") for sentence in lines.values())
 
 
@@ -428,15 +429,19 @@ def of_ours() -> dict[str, Any]:
 
 def test_compose_names_every_service() -> None:
     servers, ours = {"postgres", "redis", "s3"}, {"migrate", "api", "worker-cpu", "worker-gpu", "chores", "relay"}
-    assert set(SERVICES) == servers | ours | {"secrets"}
+    assert set(SERVICES) == servers | ours | {"secrets", "prometheus", "grafana"}
     assert set(of_ours()) == ours
 
 
 def test_every_image_from_elsewhere_has_an_exact_version() -> None:
     images = [service["image"] for service in SERVICES.values() if "build" not in service]
     for name in ("api", "worker"):
-        images += re.findall(r"^FROM (\S+)", (ROOT / name / "Dockerfile").read_text(), re.MULTILINE)
-    assert [image for image in images if not re.search(r":\d+\.\d+(\.\d+)?(-[a-z-]+)?$", image)] == []
+        dockerfile = (ROOT / name / "Dockerfile").read_text()
+        images += re.findall(r"^ARG BASE=(\S+)$", dockerfile, re.MULTILINE)
+        stages = set(re.findall(r"^FROM \S+ AS (\S+)$", dockerfile, re.MULTILINE))
+        assert set(re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE)) <= stages | {"$BASE"}
+    assert len(images) == 8
+    assert [image for image in images if not re.search(r":v?\d+\.\d+(\.\d+)?(-[a-z-]+)?$", image)] == []
 
 
 def test_compose_runs_the_servers_that_the_tests_run() -> None:
@@ -498,6 +503,7 @@ def test_no_secret_is_written_in_compose_and_each_that_is_read_is_made() -> None
     [script] = [part for part in SERVICES["secrets"]["command"] if "keep" in part]
     made = set(re.findall(r"^keep ([a-z_]+) ", script, re.MULTILINE))
     text = (ROOT / "docker-compose.yml").read_text()
+    text += (ROOT / "shared" / "deploy" / "prometheus" / "prometheus.yml").read_text()
     assert set(re.findall(r"/run/enlarger/([a-z_]+)", text)) == made
     secrets = {"DATABASE_URL", "STORAGE_ACCESS_KEY", "STORAGE_SECRET_KEY", "SECRET_KEY", "BOOTSTRAP_ADMIN_KEY"}
     for service in of_ours().values():
@@ -513,7 +519,7 @@ def test_the_script_that_makes_the_secrets_makes_them_once(tmp_path: Path) -> No
     first = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert first["database_url"] == f"postgresql+psycopg://enlarger:{first['postgres_password']}@postgres/enlarger"
     assert re.fullmatch(r"enl_[a-zA-Z0-9]{43}", first["bootstrap_admin_key"])
-    assert len(set(first.values())) == len(first) == 6
+    assert len(set(first.values())) == len(first) == 7
     subprocess.run(["sh", "-euc", script], check=True, capture_output=True)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == first
 
@@ -524,7 +530,8 @@ def test_only_the_gpu_worker_asks_for_a_gpu_and_for_the_cuda_build() -> None:
     assert worker["build"]["args"] == {"TORCH_INDEX": "pypi"}
     [device] = worker["deploy"]["resources"]["reservations"]["devices"]
     assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
-    assert [name for name, service in SERVICES.items() if "deploy" in service] == ["worker-gpu"]
+    reserves = [name for name, service in SERVICES.items() if "reservations" in service["deploy"].get("resources", {})]
+    assert reserves == ["worker-gpu"]
     assert "torch" not in " ".join(PROJECT["dependencies"] + EXTRAS["api"])
 
 
@@ -532,7 +539,7 @@ def test_only_the_gpu_worker_asks_for_a_gpu_and_for_the_cuda_build() -> None:
 def test_what_a_dockerfile_copies_and_installs_exists(room: str) -> None:
     dockerfile = (ROOT / room / "Dockerfile").read_text()
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
-    for line in re.findall(r"^COPY (.+)$", dockerfile, re.MULTILINE):
+    for line in re.findall(r"^COPY (?!--from)(.+)$", dockerfile, re.MULTILINE):
         for source in line.split()[:-1]:
             assert (ROOT / source).exists(), source
             assert source == "." or f"!{source.partition('/')[0]}" in ignored, source

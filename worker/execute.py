@@ -44,7 +44,8 @@ from shared.models import Job
 from shared.pictures import format_named
 from shared.settings import Settings
 from shared.storage import Storage
-from shared.telemetry import log
+from shared.telemetry import log, tallies
+from shared.traces import Phases, Traces
 from shared.workers import Presence
 from worker import upscale
 from worker.decoding import Sandboxed
@@ -172,11 +173,12 @@ class Lifeline:
         *,
         deadline_in_seconds: float | None,
         is_stopping: Callable[[], bool],
+        on_phase: Callable[[str], None] = lambda _: None,
         monotonic: Callable[[], float] = time.monotonic,
         memory: Callable[[], tuple[int, int | None]] = lambda: (0, None),
     ) -> None:
         self._database, self._settings, self._claim = database, settings, claim
-        self._is_stopping, self._monotonic = is_stopping, monotonic
+        self._is_stopping, self._on_phase, self._monotonic = is_stopping, on_phase, monotonic
         now = monotonic()
         self._lease_ends = now + settings.lease_seconds
         self._deadline = None if deadline_in_seconds is None else now + deadline_in_seconds
@@ -204,6 +206,7 @@ class Lifeline:
         """A phase begins; where it may stay silent for long, the lease is renewed beforehand to cover it."""
         self._phase = phase
         self._trace.begins(phase, self._monotonic() - self._began_at)
+        self._on_phase(phase)
         self._check(left_seconds=0.0)
         needed_seconds = expected_seconds + self._settings.lease_renew_seconds
         if expected_seconds > 0 and self._lease_ends - self._monotonic() < needed_seconds:
@@ -293,6 +296,7 @@ class Executor:
         engines: dict[str, Engine],
         facts: workers.WorkerFacts,
         decoder: Sandboxed | None = None,
+        traces: Traces | None = None,
     ) -> None:
         """`engines` by the contract's word for their device: `cpu`, and `gpu` where there is one. `decoder`: theirs,
         closed with this."""
@@ -301,6 +305,7 @@ class Executor:
         self._database, self._storage, self._settings = database, storage, settings
         self._engines = engines
         self._decoder = decoder
+        self._traces = traces or Traces("", "images")
         self._stopping = threading.Event()
         self._lifeline: Lifeline | None = None
         self._is_drained = False
@@ -334,7 +339,8 @@ class Executor:
         engines[kind].warm_up()
         sweep_scratch()
         facts = workers.this_process("images", queues=queues, device=kind, device_name=_device_name(kind))
-        executor = cls(Database(settings.sqlalchemy_url), Storage(settings), settings, engines, facts, decoder)
+        traces = Traces(settings.traces_url, "images")
+        executor = cls(Database(settings.sqlalchemy_url), Storage(settings), settings, engines, facts, decoder, traces)
         executor.presence.start()
         log.info(
             "worker.ready",
@@ -356,6 +362,7 @@ class Executor:
         self.presence.stop()
         if self._decoder is not None:
             self._decoder.close()
+        self._traces.close()
         self._storage.close()
         self._database.close()
 
@@ -377,8 +384,12 @@ class Executor:
                     self._wait_while_drained()
                 return None
             claim, job, now, device = claimed
-            with structlog.contextvars.bound_contextvars(attempt=claim.attempt, traceparent=job.traceparent):
-                return self._attempt(claim, job, now, device)
+            self._traces.begin("job.wait", job.traceparent, at=job.queued_at, job_id=job_id, queue=job.queue).end(now)
+            span = self._traces.begin("job.attempt", job.traceparent, job_id=job_id, attempt=claim.attempt)
+            with structlog.contextvars.bound_contextvars(attempt=claim.attempt, traceparent=span.traceparent):
+                outcome = self._attempt(claim, job, now, device, Phases(self._traces, span.traceparent))
+            span.end(outcome=type(outcome).__name__.lower(), device=device)
+            return outcome
 
     def _claim(self, job_id: str) -> tuple[Claim, Job, datetime, str] | None:
         with self._database.transaction() as session:
@@ -414,9 +425,10 @@ class Executor:
                 if not workers.is_drained(session, self.presence.facts.id):
                     return
 
-    def _attempt(self, claim: Claim, job: Job, claimed_at: datetime, device: str) -> Outcome:
+    def _attempt(self, claim: Claim, job: Job, claimed_at: datetime, device: str, phases: Phases) -> Outcome:
         queued_seconds = max(0.0, (claimed_at - job.queued_at).total_seconds())
         log.info("job.claimed", wait_seconds=round(queued_seconds, 3), device=device, worker=self.presence.facts.id)
+        tallies.observe("enlarger_queue_wait_seconds", queued_seconds, queue=job.queue)
         started = time.monotonic()
         self._lifeline = Lifeline(
             self._database,
@@ -425,6 +437,7 @@ class Executor:
             deadline_in_seconds=None if job.deadline_at is None else (job.deadline_at - claimed_at).total_seconds(),
             is_stopping=self._stopping.is_set,
             memory=self._usage.memory,
+            on_phase=phases.begins,
         )
         outcome: Outcome
         try:
@@ -433,10 +446,13 @@ class Executor:
             outcome = decide(error, on_gpu=device == "gpu", priority=job.priority)
             self.must_end = isinstance(error, DeviceBroken | SystemExit)
             _log_broken_off(error, outcome)
+        phases.begins("record")
         try:
             self._record(claim, outcome, self._lifeline.trace)
         finally:
             self._lifeline = None
+            phases.end()
+        _count(outcome, job.model)
         log.info(
             "job.attempt_ended",
             outcome=type(outcome).__name__.lower(),
@@ -561,6 +577,18 @@ class Executor:
     def _is_alive(self) -> bool:
         lifeline = self._lifeline
         return lifeline is None or lifeline.is_alive
+
+
+def _count(outcome: Outcome, model: str) -> None:
+    """What an attempt came to, for `/metrics`."""
+    tallies.count("enlarger_attempts_total", outcome=type(outcome).__name__.lower())
+    if isinstance(outcome, Succeeded):
+        result = outcome.result
+        tallies.count("enlarger_output_megapixels_total", result.width * result.height / 1e6, model=model)
+        for name, seconds in result.timings.items():
+            # Beside the seconds of phases there are numbers of what the work was.
+            if name.endswith("_seconds") and name != "queued_seconds":
+                tallies.observe("enlarger_phase_seconds", seconds, phase=name.removesuffix("_seconds"))
 
 
 def wanted_of(job: Job) -> Wanted:

@@ -20,6 +20,7 @@ from numpy.typing import DTypeLike, NDArray
 from PIL import Image
 
 from shared.errors import BadOutput, DeviceBroken, ModelUnavailable, OutOfMemory
+from shared.telemetry import tallies
 from worker.networks import Network
 from worker.tiling import SMALLEST_TILE_PX, Band, Plan, Tile, choose_plan, plan, smaller
 
@@ -304,10 +305,12 @@ def _mended(
                     device=str(network.device),
                     tile_px=longest_px,
                 ) from error
+            tallies.count("enlarger_oom_retries_total")
             band = smaller(whole, band, max(SMALLEST_TILE_PX, longest_px // 2))
         except _NotPlausible as error:
             if not half:
                 raise BadOutput(str(error), model=network.card.name, device=str(network.device)) from error
+            tallies.count("enlarger_band_reruns_total")
             band_before, half = band, False
         # The tiles finished in vain stay counted, as done and as work: progress never falls.
         count.total += len(band.tiles) - (len(band_before.tiles) - (count.done - done_before))

@@ -22,7 +22,7 @@ from shared.errors import BlockedUrl, FetchFailed
 from shared.models import DeliveryState
 from shared.outgoing import GuardedClient
 from shared.settings import Settings
-from shared.telemetry import log
+from shared.telemetry import log, tallies
 
 GONE = 410
 
@@ -113,6 +113,7 @@ class Postman:
         with self._database.transaction() as session:
             now = clock(session)
             state = self._recorded(session, claim, reply, now)
+        tallies.count("enlarger_webhook_tries_total", outcome=str(state))
         log.info(
             "webhook.tried",
             delivery_id=claim.id,

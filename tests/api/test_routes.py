@@ -13,12 +13,13 @@ from sqlalchemy import insert
 
 from api import schemas
 from api.schemas import BatchView, DeliveryPage, DeliveryView, EndpointView, EstimateView, KeyView, ModelPage
-from shared import catalog, deliveries
-from shared.db import Database
+from shared import catalog, deliveries, workers
+from shared.db import Database, clock
 from shared.models import Batch, Delivery, DeliveryState, Job, Worker
 from shared.settings import Settings
 from shared.storage import Storage
-from shared.telemetry import METRICS
+from shared.telemetry import COUNTED, METRICS, Tallies, tallies
+from shared.workers import WorkerFacts
 from tests.api.conftest import Api, Caller, running
 from tests.conftest import Receiver, Reply
 from tests.factories import a_png
@@ -273,11 +274,47 @@ def test_metrics_are_those_of_the_table(api: Api) -> None:
     admin = api.caller("admin")
     admin.job()
     answer = admin.get("/metrics")
-    assert answer.content_type == "text/plain; version=0.0.4"
-    assert {line.split()[2] for line in answer.text.splitlines() if line.startswith("# TYPE")} == set(METRICS)
-    assert 'enlarger_jobs{state="queued"} 1\n' in answer.text
-    assert 'enlarger_queue_depth{queue="cpu.interactive"} 1\n' in answer.text
+    assert answer.content_type == "text/plain; version=0.0.4; charset=utf-8"
+    assert {line.split()[2] for line in answer.text.splitlines() if line.startswith("# TYPE")} == {*METRICS, *COUNTED}
+    assert 'enlarger_jobs{state="queued"} 1.0\n' in answer.text
+    assert 'enlarger_queue_depth{queue="cpu.interactive"} 1.0\n' in answer.text
     assert api.app.test_client().get("/metrics").status_code == 401
+
+
+def test_metrics_tell_what_every_process_has_counted(api: Api) -> None:
+    # Given two workers on two hosts, one of which has stopped, and a process long gone; each says so through its row.
+    counted = Tallies()
+    counted.count("enlarger_attempts_total", outcome="succeeded")
+    counted.observe("enlarger_phase_seconds", 3.0, phase="upscale")
+    with api.context.database.transaction() as session:
+        now = clock(session)
+        for worker_id, age_seconds in (("w1", 0), ("w2", 60), ("w3", 3600)):
+            facts = WorkerFacts(worker_id, "images", worker_id, 1, ("cpu.interactive",), "cpu")
+            at = now - timedelta(seconds=age_seconds)
+            workers.enlist(session, facts, samples=[*counted.samples(), ["of_tomorrow", {}, 1.0]], now=at)
+        workers.stopped(session, "w2", samples=counted.samples(), now=now - timedelta(seconds=60))
+    text = api.caller("admin").get("/metrics").text
+    for worker in ("w1", "w2"):
+        assert f'enlarger_attempts_total{{kind="images",outcome="succeeded",worker="{worker}"}} 1.0\n' in text
+        assert f'enlarger_phase_seconds_sum{{kind="images",phase="upscale",worker="{worker}"}} 3.0\n' in text
+        bucket = f'enlarger_phase_seconds_bucket{{kind="images",le="10.0",phase="upscale",worker="{worker}"}} 1.0\n'
+        assert bucket in text
+    assert "w3" not in text
+    assert "of_tomorrow" not in text
+
+
+def test_a_process_counts_its_requests_statements_and_calls_of_storage(api: Api) -> None:
+    admin = api.caller("admin")
+    before = dict(counts())
+    admin.job()
+    grown = {name for name, value in counts() if value > before.get(name, 0)}
+    assert ("enlarger_http_seconds_count", "v1.create_job", "202") in grown
+    assert ("enlarger_sql_seconds_count", "INSERT") in grown
+    assert ("enlarger_storage_seconds_count", "PutObject") in grown
+
+
+def counts() -> list[tuple[tuple[str, ...], float]]:
+    return [((name, *labels.values()), value) for name, labels, value in tallies.samples() if name.endswith("_count")]
 
 
 # --- every answer ---------------------------------------------------------------------------------------------------

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from datetime import datetime, timedelta
+from pathlib import Path
 
-from shared import queries, workers
+import pytest
+from click.testing import CliRunner
+
+from shared import commands, queries, workers
 from shared.db import Database
 from shared.errors import DatabaseUnavailable
 from shared.models import Worker
@@ -136,3 +141,44 @@ def test_presence_waits_for_a_database_that_is_away(sqlite_database: Database) -
     found = row(sqlite_database, facts.id)
     assert found is not None
     assert found.stopped_at is None
+
+
+# --- beats on this host's disk ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where this process leaves its beats, and looks for them."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_a_beat_needs_no_database_and_ends_with_the_process(beats: Path) -> None:
+    nowhere = Database("postgresql+psycopg://nobody@127.0.0.1:1/nothing")
+    presence = Presence(nowhere, workers.this_process("relay"), interval_seconds=60)
+    assert workers.silent_for_seconds() == {}
+    presence.start()
+    assert list(workers.silent_for_seconds()) == [os.getpid()]
+    presence.stop()
+    assert workers.silent_for_seconds() == {}
+    nowhere.close()
+
+
+def test_a_process_that_hangs_leaves_no_beat_and_is_told_of(beats: Path, sqlite_database: Database) -> None:
+    presence = Presence(sqlite_database, workers.this_process("images"), interval_seconds=60)
+    presence.start()
+    [file] = beats.glob("enlarger-beat-*")
+    assert CliRunner().invoke(commands.alive).exit_code == 0
+    long_ago = file.stat().st_mtime - 100
+    os.utime(file, (long_ago, long_ago))
+    told = CliRunner().invoke(commands.alive)
+    assert told.exit_code == 1
+    assert f"Process {os.getpid()} has been silent for 100 s." in told.output
+    presence.stop()
+    assert "has begun" in CliRunner().invoke(commands.alive).output
+
+
+def test_a_beat_of_a_process_that_is_gone_counts_for_nobody(beats: Path) -> None:
+    # Its number is another process's today: that one was started at another moment.
+    (beats / f"enlarger-beat-{os.getpid()}-1").touch()
+    assert workers.silent_for_seconds() == {}

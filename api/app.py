@@ -13,7 +13,7 @@ import structlog
 from flask import Flask, Response, g, request
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from api import asked, dashboard, health, openapi, problems, v1, web
+from api import asked, compat, dashboard, health, openapi, problems, v1, web
 from api.context import Context, Seats
 from api.limits import RateLimits
 from shared import settings as settings_module
@@ -93,6 +93,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     # One for both who ask: its threads are what a server that hangs may hold.
     servers = health.Servers(context)
     app.register_blueprint(v1.blueprint(context))
+    app.register_blueprint(compat.blueprint(context))
     app.register_blueprint(health.blueprint(context, servers))
     app.register_blueprint(openapi.blueprint(v1.HANDLERS))
     app.register_blueprint(web.blueprint(context))

@@ -4,6 +4,9 @@
         job = client.wait(client.submit(Path("small.png"), classify=True).id)
         client.fetch(job.id, Path("large.png"))
 
+    async with AsyncClient("http://127.0.0.1:8000", "enl_...") as client:
+        jobs = await asyncio.gather(*(client.submit(path) for path in paths))
+
 Knows only the wire contract. Calls that can be repeated without harm are repeated where the service is busy, restarting
 or away, for as long as `patience_seconds`. Submitting is one of them: each submit carries an Idempotency-Key, so a
 repeated one cannot make two jobs.
@@ -11,6 +14,7 @@ repeated one cannot make two jobs.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
 import json
@@ -18,7 +22,7 @@ import os
 import random
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,15 +152,7 @@ class Client:
         self._patience_seconds = patience_seconds
         self._timeout_seconds = timeout_seconds
         self._sleep = sleep
-        host = urlsplit(self.url).hostname or ""
-        self._http = httpx.Client(
-            base_url=self.url,
-            headers={"Authorization": f"Bearer {api_key}", "User-Agent": "enlarger-client"},
-            timeout=httpx.Timeout(timeout_seconds, connect=min(5.0, timeout_seconds)),
-            # A proxy for the world outside knows nothing of this machine.
-            trust_env=host not in ("localhost", "127.0.0.1", "::1"),
-            limits=httpx.Limits(max_connections=64),
-        )
+        self._http = httpx.Client(**_connection(self.url, api_key, timeout_seconds))
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ, **options: Any) -> Client:
@@ -164,20 +160,7 @@ class Client:
 
         Raises InvalidRequest where there is neither.
         """
-        path = Path(environ.get("ENLARGER_DATA_DIR") or DEFAULT_DATA_DIR) / "service.json"
-        try:
-            local = json.loads(path.read_text())
-        except (OSError, ValueError):
-            local = {}
-        url = environ.get("ENLARGER_URL") or local.get("url")
-        # The key on this disk is for the service on this machine and for no other.
-        api_key = environ.get("ENLARGER_API_KEY") or (local.get("api_key") if local.get("url") == url else None)
-        if not url or not api_key:
-            raise InvalidRequest(
-                "No service is known here. Start one with `enlarger up`, or set ENLARGER_URL and ENLARGER_API_KEY "
-                f"(looked for {path} as well)."
-            )
-        return cls(url, api_key, **options)
+        return cls(*_known_service(environ), **options)
 
     def submit(
         self,
@@ -194,25 +177,16 @@ class Client:
 
         `name` is the file name to remember; a path has one. `on_sent` follows the sending.
         """
-        if sum(source is not None for source in (picture, image_url, upload_id)) != 1:
-            raise ValueError("Give one of picture, image_url and upload_id.")
+        source = _one_source(picture, image_url, upload_id)
         headers = {"Idempotency-Key": idempotency_key or secrets.token_urlsafe(24)}
         if picture is None:
-            source = {"image_url": image_url} if image_url is not None else {"upload_id": upload_id}
             answer = self._call("POST", "/v1/jobs", headers=headers, json={**source, **options})
             return Job(answer.json())
 
         def send() -> httpx.Response:
             # Opened for each try: a file that was sent in part must be sent again from its start.
-            with _opened(picture) as (file, size_bytes):
-                body = _Watched(file, size_bytes, on_sent)
-                file_name = name or (picture.name if isinstance(picture, Path) else "picture")
-                return self._http.post(
-                    "/v1/jobs",
-                    headers=headers,
-                    data=_form(options),
-                    files={"image": (file_name, body, "application/octet-stream")},  # type: ignore[dict-item]
-                )
+            with _as_form(picture, name, options, on_sent) as form:
+                return self._http.post("/v1/jobs", headers=headers, **form)
 
         return Job(self._patiently(send).json())
 
@@ -245,25 +219,11 @@ class Client:
         One request at a time stays open until something changes: no polling, and a lost connection costs nothing.
         Raises TookTooLong after `timeout_seconds`; the job goes on.
         """
-        ends_at = None if timeout_seconds is None else time.monotonic() + timeout_seconds
-        headers: dict[str, str] = {}
+        watch = _Watch(job_id, timeout_seconds, self._timeout_seconds, on_progress)
         while True:
-            seconds = WAIT_AT_ONCE_SECONDS
-            if ends_at is not None:
-                seconds = max(0, min(seconds, int(ends_at - time.monotonic() + 0.999)))
-            timeout = httpx.Timeout(self._timeout_seconds + seconds, connect=5.0)
-            if headers and seconds:
-                headers["Prefer"] = f"wait={seconds}"
-            answer = self._call("GET", f"/v1/jobs/{job_id}", headers=headers, timeout=timeout)
-            if answer.status_code == 200:
-                job = Job(answer.json())
-                headers = {"If-None-Match": answer.headers["ETag"]} if "ETag" in answer.headers else {}
-                if on_progress is not None:
-                    on_progress(job)
-                if job.is_finished:
-                    return job
-            if ends_at is not None and time.monotonic() >= ends_at:
-                raise TookTooLong(f"{job_id} has not finished within {timeout_seconds:g} s.")
+            finished = watch.saw(self._call("GET", f"/v1/jobs/{job_id}", **watch.next_request()))
+            if finished is not None:
+                return finished
 
     def fetch(
         self,
@@ -278,33 +238,23 @@ class Client:
         Raises Damaged where it is not what the service stored.
         """
         facts = self.job(job_id).view.get(what) or {}
-        part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+        with _whole_or_not(target) as part:
 
-        def get() -> httpx.Response:
-            digest, done = hashlib.sha256(), 0
-            # Redirects lead to storage; httpx does not take the key along to another host.
-            with (
-                part.open("wb") as file,
-                self._http.stream("GET", f"/v1/jobs/{job_id}/{what}", follow_redirects=True) as answer,
-            ):
-                if answer.status_code != 200:
-                    answer.read()
-                    return answer
-                for chunk in answer.iter_bytes(_CHUNK_BYTES):
-                    file.write(chunk)
-                    digest.update(chunk)
-                    done += len(chunk)
-                    if on_bytes is not None:
-                        on_bytes(done, int(facts.get("bytes") or done))
-            if facts and digest.hexdigest() != facts["sha256"]:
-                raise Damaged(f"{what} of {job_id} came damaged: {done:,} bytes, {facts['bytes']:,} expected.")
-            return answer
+            def get() -> httpx.Response:
+                # Redirects lead to storage; httpx does not take the key along to another host.
+                with (
+                    _Received(part, facts, f"{what} of {job_id}", on_bytes) as received,
+                    self._http.stream("GET", f"/v1/jobs/{job_id}/{what}", follow_redirects=True) as answer,
+                ):
+                    if answer.status_code != 200:
+                        answer.read()
+                        return answer
+                    for chunk in answer.iter_bytes(_CHUNK_BYTES):
+                        received.write(chunk)
+                    received.check()
+                return answer
 
-        try:
             self._patiently(get)
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
         return target
 
     def cancel(self, job_id: str) -> Job:
@@ -328,10 +278,9 @@ class Client:
         created_after: str | None = None,
     ) -> Iterator[Job]:
         """The key's jobs, newest first, page after page as they are asked for."""
-        wanted = {"status": status, "model": model, "external_id": external_id, "created_after": created_after}
-        params: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
+        params = _filter(status, model, external_id, created_after)
         while True:
-            page = self._call("GET", "/v1/jobs", params={**params, "limit": 100}).json()
+            page = self._call("GET", "/v1/jobs", params=params).json()
             yield from map(Job, page["data"])
             if page["next_cursor"] is None:
                 return
@@ -358,36 +307,377 @@ class Client:
         self.close()
 
     def _call(self, method: str, path: str, **request: Any) -> httpx.Response:
-        # A cancel, retry or delete that was carried out is refused when it comes again: only a lost one comes again.
-        repeatable = method == "GET" or path in ("/v1/jobs", "/v1/uploads")
-        return self._patiently(lambda: self._http.request(method, path, **request), repeatable=repeatable)
+        return self._patiently(
+            lambda: self._http.request(method, path, **request), repeatable=_is_repeatable(method, path)
+        )
 
     def _patiently(self, send: Callable[[], httpx.Response], *, repeatable: bool = True) -> httpx.Response:
         """The answer, after as many tries as patience allows where none came or the service was busy."""
-        ends_at = time.monotonic() + self._patience_seconds
-        tries = 0
+        tries = _Tries(self.url, self._patience_seconds, repeatable=repeatable)
         while True:
-            tries += 1
-            pause_seconds = min(LONGEST_PAUSE_SECONDS, 0.25 * 2**tries) * random.uniform(0.5, 1.0)
             try:
                 answer = send()
             except httpx.TransportError as error:
-                never_arrived = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
-                if not (repeatable or never_arrived) or time.monotonic() + pause_seconds > ends_at:
-                    raise Unreachable(
-                        f"{self.url} does not answer ({type(error).__name__}). Is the service running? "
-                        "`enlarger up` starts one on this machine.",
-                        url=self.url,
-                    ) from error
+                pause_seconds = tries.after_error(error)
             else:
                 if answer.status_code < 400:
                     return answer
-                refused = Refused(answer.status_code, _problem(answer))
-                busy = answer.status_code in _BUSY or refused.problem_code == "idempotency-in-progress"
-                pause_seconds = max(pause_seconds, _retry_after(answer))
-                if not busy or time.monotonic() + pause_seconds > ends_at:
-                    raise refused
+                pause_seconds = tries.after_refusal(answer)
             self._sleep(pause_seconds)
+
+
+class AsyncClient:
+    """One key at one service, for asyncio: what `Client` does, word for word. Every method raises Refused, Unreachable.
+
+    Many jobs can be waited for at once: each wait is one open request and no thread. Files are read and written between
+    awaits, a chunk at a time.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        api_key: str,
+        *,
+        timeout_seconds: float = 30.0,
+        patience_seconds: float = 60.0,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        """As `Client`'s."""
+        self.url = url.rstrip("/")
+        self._patience_seconds = patience_seconds
+        self._timeout_seconds = timeout_seconds
+        self._sleep = sleep
+        self._http = httpx.AsyncClient(**_connection(self.url, api_key, timeout_seconds))
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] = os.environ, **options: Any) -> AsyncClient:
+        """As `Client.from_environment`. Raises InvalidRequest where no service is known."""
+        return cls(*_known_service(environ), **options)
+
+    async def submit(
+        self,
+        picture: Path | bytes | None = None,
+        *,
+        name: str | None = None,
+        image_url: str | None = None,
+        upload_id: str | None = None,
+        idempotency_key: str | None = None,
+        on_sent: OnBytes | None = None,
+        **options: Unpack[JobOptions],
+    ) -> Job:
+        """Hands in one picture: a file, its bytes, an address the service fetches, or an upload."""
+        source = _one_source(picture, image_url, upload_id)
+        headers = {"Idempotency-Key": idempotency_key or secrets.token_urlsafe(24)}
+        if picture is None:
+            answer = await self._call("POST", "/v1/jobs", headers=headers, json={**source, **options})
+            return Job(answer.json())
+
+        async def send() -> httpx.Response:
+            with _as_form(picture, name, options, on_sent) as form:
+                return await self._http.post("/v1/jobs", headers=headers, **form)
+
+        return Job((await self._patiently(send)).json())
+
+    async def upload(self, path: Path, *, on_sent: OnBytes | None = None) -> str:
+        """Puts a file into storage without passing through the API; returns the `upload_id` to submit."""
+        place = (await self._call("POST", "/v1/uploads", json={})).json()
+
+        async def put() -> httpx.Response:
+            size_bytes = path.stat().st_size
+
+            async def body(file: BinaryIO) -> AsyncIterator[bytes]:
+                for chunk in _chunks(file, size_bytes, on_sent):
+                    yield chunk
+
+            headers = {**place["headers"], "Content-Length": str(size_bytes)}
+            with path.open("rb") as file:
+                async with httpx.AsyncClient(timeout=self._timeout_seconds) as storage:
+                    return await storage.put(place["url"], content=body(file), headers=headers)
+
+        await self._patiently(put)
+        return str(place["upload_id"])
+
+    async def job(self, job_id: str) -> Job:
+        return Job((await self._call("GET", f"/v1/jobs/{job_id}")).json())
+
+    async def wait(
+        self,
+        job_id: str,
+        *,
+        on_progress: Callable[[Job], None] | None = None,
+        timeout_seconds: float | None = None,
+    ) -> Job:
+        """The job once it has finished, however it ended. Raises TookTooLong after `timeout_seconds`; it goes on."""
+        watch = _Watch(job_id, timeout_seconds, self._timeout_seconds, on_progress)
+        while True:
+            finished = watch.saw(await self._call("GET", f"/v1/jobs/{job_id}", **watch.next_request()))
+            if finished is not None:
+                return finished
+
+    async def fetch(
+        self,
+        job_id: str,
+        target: Path,
+        *,
+        what: Literal["result", "input"] = "result",
+        on_bytes: OnBytes | None = None,
+    ) -> Path:
+        """Saves the result (or the picture handed in) as `target`, whole or not at all. Raises Damaged."""
+        facts = (await self.job(job_id)).view.get(what) or {}
+        with _whole_or_not(target) as part:
+
+            async def get() -> httpx.Response:
+                with _Received(part, facts, f"{what} of {job_id}", on_bytes) as received:
+                    async with self._http.stream("GET", f"/v1/jobs/{job_id}/{what}", follow_redirects=True) as answer:
+                        if answer.status_code != 200:
+                            await answer.aread()
+                            return answer
+                        async for chunk in answer.aiter_bytes(_CHUNK_BYTES):
+                            received.write(chunk)
+                        received.check()
+                return answer
+
+            await self._patiently(get)
+        return target
+
+    async def cancel(self, job_id: str) -> Job:
+        return Job((await self._call("POST", f"/v1/jobs/{job_id}/cancel")).json())
+
+    async def retry(self, job_id: str) -> Job:
+        return Job((await self._call("POST", f"/v1/jobs/{job_id}/retry")).json())
+
+    async def delete(self, job_id: str) -> None:
+        await self._call("DELETE", f"/v1/jobs/{job_id}")
+
+    async def jobs(
+        self,
+        *,
+        status: str | None = None,
+        model: str | None = None,
+        external_id: str | None = None,
+        created_after: str | None = None,
+    ) -> AsyncIterator[Job]:
+        """The key's jobs, newest first, page after page as they are asked for."""
+        params = _filter(status, model, external_id, created_after)
+        while True:
+            page = (await self._call("GET", "/v1/jobs", params=params)).json()
+            for view in page["data"]:
+                yield Job(view)
+            if page["next_cursor"] is None:
+                return
+            params["cursor"] = page["next_cursor"]
+
+    async def models(self) -> list[Mapping[str, Any]]:
+        return list((await self._call("GET", "/v1/models")).json()["data"])
+
+    async def key(self) -> Mapping[str, Any]:
+        view: Mapping[str, Any] = (await self._call("GET", "/v1/key")).json()
+        return view
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _call(self, method: str, path: str, **request: Any) -> httpx.Response:
+        return await self._patiently(
+            lambda: self._http.request(method, path, **request), repeatable=_is_repeatable(method, path)
+        )
+
+    async def _patiently(
+        self, send: Callable[[], Awaitable[httpx.Response]], *, repeatable: bool = True
+    ) -> httpx.Response:
+        tries = _Tries(self.url, self._patience_seconds, repeatable=repeatable)
+        while True:
+            try:
+                answer = await send()
+            except httpx.TransportError as error:
+                pause_seconds = tries.after_error(error)
+            else:
+                if answer.status_code < 400:
+                    return answer
+                pause_seconds = tries.after_refusal(answer)
+            await self._sleep(pause_seconds)
+
+
+# --- what both clients decide alike, without sending or sleeping ----------------------------------------------------
+
+
+class _Tries:
+    """After each failed try of one call: how long to pause before the next, or the error that ends them."""
+
+    def __init__(self, url: str, patience_seconds: float, *, repeatable: bool) -> None:
+        self._url, self._repeatable = url, repeatable
+        self._ends_at = time.monotonic() + patience_seconds
+        self._made = 0
+
+    def after_error(self, error: httpx.TransportError) -> float:
+        """No answer came. Raises Unreachable."""
+        never_arrived = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
+        pause_seconds = self._pause_seconds()
+        if not (self._repeatable or never_arrived) or time.monotonic() + pause_seconds > self._ends_at:
+            raise Unreachable(
+                f"{self._url} does not answer ({type(error).__name__}). Is the service running? "
+                "`enlarger up` starts one on this machine.",
+                url=self._url,
+            ) from error
+        return pause_seconds
+
+    def after_refusal(self, answer: httpx.Response) -> float:
+        """The answer was a problem. Raises Refused."""
+        refused = Refused(answer.status_code, _problem(answer))
+        busy = answer.status_code in _BUSY or refused.problem_code == "idempotency-in-progress"
+        pause_seconds = max(self._pause_seconds(), _retry_after(answer))
+        if not busy or time.monotonic() + pause_seconds > self._ends_at:
+            raise refused
+        return pause_seconds
+
+    def _pause_seconds(self) -> float:
+        self._made += 1
+        longest: float = min(LONGEST_PAUSE_SECONDS, 0.25 * 2**self._made)
+        return longest * random.uniform(0.5, 1.0)
+
+
+class _Watch:
+    """A wait for the end of a job: what each request asks, and what its answer means."""
+
+    def __init__(
+        self,
+        job_id: str,
+        seconds: float | None,
+        silence_seconds: float,
+        on_progress: Callable[[Job], None] | None,
+    ) -> None:
+        self._job_id, self._seconds, self._silence_seconds = job_id, seconds, silence_seconds
+        self._on_progress = on_progress
+        self._ends_at = None if seconds is None else time.monotonic() + seconds
+        self._seen: str | None = None
+
+    def next_request(self) -> dict[str, Any]:
+        seconds = WAIT_AT_ONCE_SECONDS
+        if self._ends_at is not None:
+            seconds = max(0, min(seconds, int(self._ends_at - time.monotonic() + 0.999)))
+        headers = {}
+        if self._seen is not None:
+            headers = {"If-None-Match": self._seen, **({"Prefer": f"wait={seconds}"} if seconds else {})}
+        return {"headers": headers, "timeout": httpx.Timeout(self._silence_seconds + seconds, connect=5.0)}
+
+    def saw(self, answer: httpx.Response) -> Job | None:
+        """The job, where it has finished. Raises TookTooLong."""
+        if answer.status_code == 200:
+            job = Job(answer.json())
+            self._seen = answer.headers.get("ETag")
+            if self._on_progress is not None:
+                self._on_progress(job)
+            if job.is_finished:
+                return job
+        if self._ends_at is not None and time.monotonic() >= self._ends_at:
+            raise TookTooLong(f"{self._job_id} has not finished within {self._seconds:g} s.")
+        return None
+
+
+class _Received:
+    """A file on its way in: written, hashed and told of as it comes."""
+
+    def __init__(self, part: Path, facts: Mapping[str, Any], what: str, on_bytes: OnBytes | None) -> None:
+        self._facts, self._what, self._on_bytes = facts, what, on_bytes
+        self._file = part.open("wb")
+        self._digest, self._done = hashlib.sha256(), 0
+
+    def write(self, chunk: bytes) -> None:
+        self._file.write(chunk)
+        self._digest.update(chunk)
+        self._done += len(chunk)
+        if self._on_bytes is not None:
+            self._on_bytes(self._done, int(self._facts.get("bytes") or self._done))
+
+    def check(self) -> None:
+        """Raises Damaged where it is not what the service stored."""
+        if self._facts and self._digest.hexdigest() != self._facts["sha256"]:
+            raise Damaged(f"{self._what} came damaged: {self._done:,} bytes, {self._facts['bytes']:,} expected.")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+@contextmanager
+def _whole_or_not(target: Path) -> Iterator[Path]:
+    """A name to write to beside `target`: it becomes `target` where the block ends well, else it is gone."""
+    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+    try:
+        yield part
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _connection(url: str, api_key: str, timeout_seconds: float) -> dict[str, Any]:
+    return {
+        "base_url": url,
+        "headers": {"Authorization": f"Bearer {api_key}", "User-Agent": "enlarger-client"},
+        "timeout": httpx.Timeout(timeout_seconds, connect=min(5.0, timeout_seconds)),
+        # A proxy for the world outside knows nothing of this machine.
+        "trust_env": urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1"),
+        "limits": httpx.Limits(max_connections=64),
+    }
+
+
+def _is_repeatable(method: str, path: str) -> bool:
+    # A cancel, retry or delete that was carried out is refused when it comes again: only a lost one comes again.
+    return method == "GET" or path in ("/v1/jobs", "/v1/uploads")
+
+
+def _one_source(picture: Path | bytes | None, image_url: str | None, upload_id: str | None) -> dict[str, str]:
+    """What JSON names the source by; empty where the picture itself is sent. Raises ValueError unless there is one."""
+    if sum(source is not None for source in (picture, image_url, upload_id)) != 1:
+        raise ValueError("Give one of picture, image_url and upload_id.")
+    named = {"image_url": image_url, "upload_id": upload_id}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+@contextmanager
+def _as_form(
+    picture: Path | bytes, name: str | None, options: Mapping[str, Any], on_sent: OnBytes | None
+) -> Iterator[dict[str, Any]]:
+    """The picture and its options as httpx sends a form."""
+    with _opened(picture) as (file, size_bytes):
+        file_name = name or (picture.name if isinstance(picture, Path) else "picture")
+        part = (file_name, _Watched(file, size_bytes, on_sent), "application/octet-stream")
+        yield {"data": _form(options), "files": {"image": part}}
+
+
+def _filter(
+    status: str | None, model: str | None, external_id: str | None, created_after: str | None
+) -> dict[str, Any]:
+    wanted = {"status": status, "model": model, "external_id": external_id, "created_after": created_after}
+    return {**{name: value for name, value in wanted.items() if value is not None}, "limit": 100}
+
+
+def _known_service(environ: Mapping[str, str]) -> tuple[str, str]:
+    """(address, key) of the service that the environment, or `enlarger up` on this machine, names."""
+    path = Path(environ.get("ENLARGER_DATA_DIR") or DEFAULT_DATA_DIR) / "service.json"
+    try:
+        local = json.loads(path.read_text())
+    except (OSError, ValueError):
+        local = {}
+    url = environ.get("ENLARGER_URL") or local.get("url")
+    # The key on this disk is for the service on this machine and for no other.
+    api_key = environ.get("ENLARGER_API_KEY") or (local.get("api_key") if local.get("url") == url else None)
+    if not url or not api_key:
+        raise InvalidRequest(
+            "No service is known here. Start one with `enlarger up`, or set ENLARGER_URL and ENLARGER_API_KEY "
+            f"(looked for {path} as well)."
+        )
+    return url, api_key
 
 
 def _problem(answer: httpx.Response) -> Mapping[str, Any]:

@@ -174,13 +174,13 @@ def _read(
             name = _plain_name(unquote(urlsplit(source.image_url).path))
         else:
             assert source.upload_id is not None
-            _download(context, owner_key_id, source.upload_id, spooled, limit_bytes, now=now)
+            download(context, owner_key_id, source.upload_id, spooled, limit_bytes, now=now)
             name = None
         spooled.seek(0)
         yield cast(BinaryIO, spooled), name
 
 
-def _download(
+def download(
     context: Context, owner_key_id: str, upload_id: str, file: IO[bytes], limit_bytes: int, *, now: datetime
 ) -> None:
     """The bytes of a presigned upload. Its address takes any size and stays open: sizes are checked while reading."""

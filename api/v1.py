@@ -140,6 +140,26 @@ def create_job(context: Context, caller: Caller) -> Response:
     reservation = _reserve(context, caller, "POST /v1/jobs", wanted.model_dump(mode="json"), [source])
     if isinstance(reservation, Replay):
         return _replayed(reservation)
+    view = accept(context, caller, wanted, source, reservation)
+    job_id = view["id"]
+    waited_seconds = None
+    try:
+        waited_seconds = _wait(context, caller, job_id, lambda pulse: pulse.is_finished)
+        if waited_seconds is not None:
+            view, _ = _view_and_tag(context, caller, job_id)
+    except (DatabaseUnavailable, NotFound):
+        # The job is committed, whatever happened while we waited for it: what we know of it is the answer.
+        waited_seconds = None
+    return _preference_applied(_json(view, 202, location=f"/v1/jobs/{job_id}"), waited_seconds)
+
+
+def accept(
+    context: Context, caller: Caller, wanted: JobSettings, source: Source, reservation: Reservation
+) -> dict[str, Any]:
+    """From a checked request to a committed job and its message on the way; returns the job's view.
+
+    Raises SUBMIT_PROBLEMS; then there is no job.
+    """
     with idempotency.freed_on_error(context.database, reservation):
         card, reason = _resolved(context, wanted)
         stored = uploads.store(context, caller.key_id, source, _aim(wanted, card), now=_now(context))
@@ -149,19 +169,10 @@ def create_job(context: Context, caller: Caller) -> Response:
             options = _options(context, wanted, card, reason, stored, queue=queue)
             job = _submit(context, session, caller, options, stored, now=now)
             view: dict[str, Any] = queries.job_view(job, queue_position=queries.queue_position(session, job))
-            location = f"/v1/jobs/{job.id}"
-            reservation.finish(session, status=202, body=view, location=location)
+            reservation.finish(session, status=202, body=view, location=f"/v1/jobs/{job.id}")
     context.hurrier.publish(outbox.message_of(job))
     log.info("job.submitted", job_id=job.id, key_id=caller.key_id, model=job.model, queue=job.queue)
-    waited_seconds = None
-    try:
-        waited_seconds = _wait(context, caller, job.id, lambda pulse: pulse.is_finished)
-        if waited_seconds is not None:
-            view, _ = _view_and_tag(context, caller, job.id)
-    except (DatabaseUnavailable, NotFound):
-        # The job is committed, whatever happened while we waited for it: what we know of it is the answer.
-        waited_seconds = None
-    return _preference_applied(_json(view, 202, location=location), waited_seconds)
+    return view
 
 
 @operation(

@@ -303,7 +303,7 @@ class Receiver:
                 if self.command != "HEAD":
                     self.wfile.write(reply.body)
 
-            do_GET = do_POST = do_PUT = do_HEAD = answer
+            do_GET = do_POST = do_PUT = do_HEAD = do_DELETE = answer
 
             def log_message(self, *_: Any) -> None:
                 pass

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import inspect
 import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from api.client import Client, Damaged, Job, Refused, TookTooLong, Unreachable
+from api.client import AsyncClient, Client, Damaged, Job, Refused, TookTooLong, Unreachable
 from shared.errors import InvalidRequest
 from tests.conftest import Receiver, Reply, closed_port
 
@@ -321,3 +323,130 @@ def test_the_key_on_this_disk_goes_to_no_other_service(tmp_path: Path) -> None:
 def test_without_any_service_it_is_said_how_to_get_one(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="enlarger up"):
         Client.from_environment({"ENLARGER_DATA_DIR": str(tmp_path)})
+
+
+# --- the same for asyncio -------------------------------------------------------------------------------------------
+
+
+def with_async_client(receiver: Receiver, use: Callable[[AsyncClient], Awaitable[Any]], pauses: list[float]) -> Any:
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    async def run() -> Any:
+        async with AsyncClient(receiver.url, "enl_secret", timeout_seconds=10, sleep=sleep) as client:
+            return await use(client)
+
+    return asyncio.run(run())
+
+
+def test_every_call_of_the_client_has_its_like_for_asyncio() -> None:
+    def calls(kind: type) -> dict[str, list[str]]:
+        return {
+            name: list(inspect.signature(value).parameters)
+            for name, value in vars(kind).items()
+            if callable(value) and not name.startswith("_")
+        }
+
+    assert calls(AsyncClient) == calls(Client)
+
+
+def test_an_async_submit_is_repeated_whole_and_under_the_same_key(
+    receiver: Receiver, pauses: list[float], tmp_path: Path
+) -> None:
+    path = tmp_path / "bird.png"
+    path.write_bytes(PICTURE)
+    receiver.replies = [problem(503, "database-unavailable", Retry_After="7"), answer(view(), 202), answer(view(), 202)]
+
+    async def use(client: AsyncClient) -> list[Job]:
+        return [await client.submit(path, classify=True), await client.submit(image_url="https://example.com/a.png")]
+
+    assert [job.id for job in with_async_client(receiver, use, pauses)] == ["job_1", "job_1"]
+    first, again, other = receiver.requests
+    assert first.headers["Idempotency-Key"] == again.headers["Idempotency-Key"] != other.headers["Idempotency-Key"]
+    assert all(PICTURE in request.body and b'filename="bird.png"' in request.body for request in (first, again))
+    assert other.json == {"image_url": "https://example.com/a.png"}
+    assert pauses == [7]
+
+
+def test_an_async_wait_sees_every_change_and_ends_in_time(receiver: Receiver, pauses: list[float]) -> None:
+    receiver.replies = [answer(view("queued"), ETag='"1"'), answer(view("succeeded"), ETag='"2"')]
+    seen: list[str] = []
+
+    async def use(client: AsyncClient) -> Job:
+        return await client.wait("job_1", on_progress=lambda job: seen.append(job.status))
+
+    assert with_async_client(receiver, use, pauses).succeeded
+    assert seen == ["queued", "succeeded"]
+    assert receiver.requests[1].headers["Prefer"].startswith("wait=")
+
+    async def wait_for_nothing(client: AsyncClient) -> None:
+        receiver.pages["/v1/jobs/job_1"] = answer(view("running"))
+        await client.wait("job_1", timeout_seconds=0)
+
+    with pytest.raises(TookTooLong):
+        with_async_client(receiver, wait_for_nothing, pauses)
+
+
+def test_async_files_arrive_whole_or_not_at_all(receiver: Receiver, pauses: list[float], tmp_path: Path) -> None:
+    target = tmp_path / "large.png"
+    receiver.replies = [answer(finished_with(PICTURE)), Reply(200, {}, PICTURE)]
+
+    async def fetch(client: AsyncClient) -> Path:
+        return await client.fetch("job_1", target)
+
+    assert with_async_client(receiver, fetch, pauses).read_bytes() == PICTURE
+    receiver.replies = [answer(finished_with(PICTURE)), Reply(200, {}, PICTURE[:-1])]
+    with pytest.raises(Damaged):
+        with_async_client(receiver, fetch, pauses)
+    receiver.replies = [answer(view("running")), problem(409, "job-not-finished")]
+    with pytest.raises(Refused, match="job-not-finished"):
+        with_async_client(receiver, fetch, pauses)
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_an_async_upload_and_the_small_calls(receiver: Receiver, pauses: list[float], tmp_path: Path) -> None:
+    (tmp_path / "large.tif").write_bytes(PICTURE)
+    place = {"upload_id": "upl_1", "url": f"{receiver.url}/bucket/key?signature=s", "headers": {"X-Asked": "yes"}}
+    receiver.replies = [
+        answer(place, 201),
+        Reply(200),
+        answer(view("running"), 202),
+        answer(view(), 202),
+        Reply(204),
+        answer({"data": [view()], "next_cursor": "c2"}),
+        answer({"data": [view()], "next_cursor": None}),
+        answer({"data": [{"name": "srgan"}]}),
+        answer({"name": "tester"}),
+    ]
+
+    async def use(client: AsyncClient) -> tuple[Any, ...]:
+        upload_id = await client.upload(tmp_path / "large.tif")
+        canceled, retried = await client.cancel("job_1"), await client.retry("job_1")
+        await client.delete("job_1")
+        listed = [job.id async for job in client.jobs(status="failed")]
+        return upload_id, canceled.status, retried.status, listed, await client.models(), await client.key()
+
+    assert with_async_client(receiver, use, pauses) == (
+        "upl_1",
+        "running",
+        "queued",
+        ["job_1", "job_1"],
+        [{"name": "srgan"}],
+        {"name": "tester"},
+    )
+    put = receiver.requests[1]
+    assert (put.method, put.body, put.headers["X-Asked"]) == ("PUT", PICTURE, "yes")
+    assert "Authorization" not in put.headers
+    assert "cursor=c2" in receiver.requests[6].path
+
+
+def test_an_async_client_names_a_service_that_is_not_there() -> None:
+    url = f"http://127.0.0.1:{closed_port()}"
+
+    async def run() -> None:
+        environ = {"ENLARGER_URL": url, "ENLARGER_API_KEY": "enl_secret"}
+        async with AsyncClient.from_environment(environ, patience_seconds=0) as client:
+            await client.models()
+
+    with pytest.raises(Unreachable, match="enlarger up"):
+        asyncio.run(run())

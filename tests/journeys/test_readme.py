@@ -81,6 +81,19 @@ def test_the_python_client(desk: Path, environment: dict[str, str]) -> None:
     assert size_of(desk / "larger.jpg") == (192, 192)
 
 
+def test_the_client_for_asyncio(desk: Path, environment: dict[str, str]) -> None:
+    printed = run([sys.executable, "-c"], blocks("python", "Use it over HTTP")[2], desk, environment)
+    status, name = printed.split()
+    assert status == "succeeded"
+    assert size_of(desk / name) == (192, 192)
+
+
+def test_a_program_written_for_replicate(desk: Path, environment: dict[str, str]) -> None:
+    printed = run([sys.executable, "-c"], blocks("python", "Use it over HTTP")[3], desk, environment)
+    (desk / "larger.jpg").write_bytes(httpx.get(printed.strip(), trust_env=False).raise_for_status().content)
+    assert size_of(desk / "larger.jpg") == (192, 192)
+
+
 @pytest.fixture
 def receiver_port(desk: Path, environment: dict[str, str], service: Service) -> Iterator[int]:
     """README's receiver, running; what it prints goes to `received.txt`."""

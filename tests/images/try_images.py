@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -236,7 +236,10 @@ class Container:
 
     def remove(self) -> None:
         if self._process is not None and self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            # Every one below: buildah puts the service into a session of its own.
+            for pid in [*self._processes(), self._process.pid]:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             self._process.wait()
         run("buildah", "rm", self.id)
 
@@ -266,14 +269,19 @@ class Container:
 
     def _main_process(self) -> int:
         """The first below buildah that runs as the image's user."""
-        assert self._process is not None
-        todo = [self._process.pid]
-        while todo:
-            pid = todo.pop(0)
+        for pid in self._processes():
             if str(Path(f"/proc/{pid}").stat().st_uid) == self._image["User"]:
                 return pid
-            todo += [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
         raise AssertionError(f"{self.service} has no process that runs as {self._image['User']}")
+
+    def _processes(self) -> list[int]:
+        """Every process below buildah's own, parents first."""
+        assert self._process is not None
+        found = [self._process.pid]
+        for pid in found:
+            with suppress(FileNotFoundError):
+                found += [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return found[1:]
 
 
 # What buildah leaves to a container that is not told otherwise; docker-compose.yml drops all.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -331,8 +332,8 @@ def list_versions(_context: Context, _caller: Caller, owner: str, name: str) -> 
 def get_version(_context: Context, _caller: Caller, owner: str, name: str, version: str) -> Response:
     """What its input may hold."""
     card = _card(name)
-    if version != card.weights.sha256:
-        raise NotFound(f"{owner}/{name} has the version {card.weights.sha256} and no other.")
+    if version != _version_id(card):
+        raise NotFound(f"{owner}/{name} has the version {_version_id(card)} and no other.")
     return jsonify(_version(card))
 
 
@@ -346,20 +347,25 @@ def _card(name: str) -> ModelCard:
 def _card_of_version(version: str) -> ModelCard:
     """`<sha256>`, `owner/name` or `owner/name:<sha256>`. Raises NotFound, InvalidRequest."""
     for card in catalog.CARDS:
-        if card.weights.sha256 == version.rpartition(":")[2]:
+        if _version_id(card) == version.rpartition(":")[2]:
             return card
     name = version.partition(":")[0].rpartition("/")[2]
     if ":" in version or re.fullmatch(r"[0-9a-f]{64}", name):
-        known = {f"enlarger/{card.name}": card.weights.sha256 for card in catalog.CARDS}
+        known = {f"enlarger/{card.name}": _version_id(card) for card in catalog.CARDS}
         raise InvalidRequest(
             "No model here has that version. Name the model alone, or one of these versions.", versions=known
         )
     return _card(name)
 
 
+def _version_id(card: ModelCard) -> str:
+    """The hash of its weights; of its name, where it is plain arithmetic."""
+    return card.weights.sha256 if card.weights is not None else hashlib.sha256(card.name.encode()).hexdigest()
+
+
 def _version_of(model: str) -> str:
     try:
-        return catalog.card(model).weights.sha256
+        return _version_id(catalog.card(model))
     except ModelUnavailable:
         # The job is older than the catalogue.
         return ""
@@ -388,7 +394,7 @@ def _version(card: ModelCard) -> dict[str, Any]:
     }
     picture = {"type": "string", "format": "uri", "title": "Image", "description": "The picture to enlarge."}
     return {
-        "id": card.weights.sha256,
+        "id": _version_id(card),
         # No versions of weights are kept apart: this is when the first of these jobs could have been asked for.
         "created_at": "2026-01-01T00:00:00.000Z",
         "cog_version": "0.9.0",

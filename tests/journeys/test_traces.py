@@ -81,7 +81,7 @@ def test_a_trace_leads_from_the_request_through_the_queue_to_each_phase(
     a_network.install(monkeypatch, lambda _call: None)
     traces = Traces(settings.traces_url, "images")
     facts = this_process("images", queues=["cpu.interactive"], device="cpu")
-    executor = Executor(sqlite_database, storage, settings, {"cpu": Engine.of(settings, "cpu")}, facts, traces)
+    executor = Executor(sqlite_database, storage, settings, {"cpu": Engine.of(settings, "cpu")}, facts, traces=traces)
     executor.run(answer.json["id"])
     traces.close()
     context.close()

@@ -115,6 +115,30 @@ def due(session: Session, *, resend_after_seconds: float, now: datetime, limit: 
     return list(ids)
 
 
+def clock_jumped(session: Session, seconds: float, *, now: datetime) -> None:
+    """The database's clock was set back by -`seconds`, or forward; `now` is what it says since. What is owed keeps its
+    schedule, and none waits until a clock set back has caught up. Forward, a delivery is only tried too soon."""
+    if seconds >= 0:
+        return
+    moved = timedelta(seconds=seconds)
+    pending = session.scalars(
+        select(Delivery).where(
+            Delivery.state == DeliveryState.PENDING,
+            or_(Delivery.due_at > now, Delivery.lease_until > now, Delivery.published_at > now),
+        )
+    )
+    for delivery in pending:
+        session.execute(
+            update(Delivery)
+            .where(Delivery.id == delivery.id, Delivery.number == delivery.number, Delivery.due_at == delivery.due_at)
+            .values(
+                due_at=max(delivery.due_at + moved, now) if delivery.due_at > now else delivery.due_at,
+                lease_until=delivery.lease_until and delivery.lease_until + moved,
+                published_at=None,
+            )
+        )
+
+
 def not_sent(session: Session, delivery_ids: Sequence[str]) -> None:
     """Takes back what `due` marked: the broker refused, so there is no message to wait for."""
     session.execute(

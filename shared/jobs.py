@@ -532,6 +532,31 @@ def rescue_lost(session: Session, *, retry_delay_seconds: float, now: datetime, 
     return [row.id for row in lapsed]
 
 
+def clock_jumped(session: Session, seconds: float, *, lease_seconds: float, now: datetime) -> None:
+    """The database's clock was set by `seconds` (negative: back); `now` is what it says since. Moves with it what was
+    written by the old one: leases keep what was left of them and last `lease_seconds` at least, and no wait is longer
+    than it was.
+
+    Without it a clock set forward takes every running job from its worker, and one set back leaves the jobs of a dead
+    worker alone until it has caught up.
+    """
+    moved = timedelta(seconds=seconds)
+    fresh = now + timedelta(seconds=lease_seconds)
+    running = session.execute(select(Job.id, Job.attempt, Job.lease_until).where(Job.state == JobState.RUNNING)).all()
+    for row in running:
+        session.execute(
+            update(Job)
+            # Renewed in the meantime: that was by the new clock.
+            .where(*_held(Claim(row.id, row.attempt)), Job.lease_until == row.lease_until)
+            .values(lease_until=max(row.lease_until + moved, fresh))
+        )
+    if seconds < 0:
+        waiting = [Job.state == JobState.QUEUED]
+        session.execute(update(Job).where(*waiting, Job.run_after > now).values(run_after=now))
+        # As if never sent: when it was, is not known any more.
+        session.execute(update(Job).where(*waiting, Job.published_at > now).values(published_at=None))
+
+
 def expire_overdue(session: Session, *, now: datetime, limit: int = 100) -> list[str]:
     """QUEUED -> EXPIRED for jobs whose deadline passed before a worker could start them. Returns their ids."""
     overdue = session.execute(

@@ -11,10 +11,12 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
-from shared import figures, jobs, workers
+from shared import deliveries, figures, jobs, workers
 from shared.db import Database, clock
 from shared.errors import Unavailable
 from shared.outbox import SWEEP_BLOBS, Broker, relay_due
@@ -27,6 +29,9 @@ ROWS_AT_ONCE = 100
 
 FIGURES_SECONDS = 60.0
 """Hours end once in an hour; looking is one SELECT."""
+
+JUMP_SECONDS = 2.0
+"""A clock that is set by less shifts no lease by much; a good time service moves it in smaller steps."""
 
 LAST_WAIT_SECONDS = 0.3
 """How long a stop waits for the steps; what a step was doing then is conditional and can end anywhere."""
@@ -82,24 +87,49 @@ def _repeat(step: Step, stopping: threading.Event, failed: threading.Event) -> N
         stopping.set()
 
 
+class ClockWatch:
+    """Notices when the database's clock is set, by a clock of this process that cannot be."""
+
+    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._monotonic = monotonic
+        self._ahead_seconds: float | None = None
+        self._looked_seconds = 0.0
+
+    def jumped_seconds(self, now: datetime) -> float:
+        """By how much it was set since the last `accept`, 0.0 where that is within JUMP_SECONDS."""
+        self._looked_seconds = now.timestamp() - self._monotonic()
+        jump_seconds = 0.0 if self._ahead_seconds is None else self._looked_seconds - self._ahead_seconds
+        return jump_seconds if abs(jump_seconds) > JUMP_SECONDS else 0.0
+
+    def accept(self) -> None:
+        """What the last look found has been seen to, and is committed."""
+        self._ahead_seconds = self._looked_seconds
+
+
 def steps(database: Database, broker: Broker, settings: Settings, stopping: threading.Event) -> list[Step]:
     """What the relay does, and how often."""
+    watch = ClockWatch()
     return [
-        Step("rescue", settings.rescue_interval_seconds, lambda: rescue(database, settings)),
+        Step("rescue", settings.rescue_interval_seconds, lambda: rescue(database, settings, watch)),
         Step("publish", settings.relay_interval_seconds, lambda: publish(database, broker, settings, stopping)),
         Step("figures", FIGURES_SECONDS, lambda: keep_hours(database)),
         Step("sweep", settings.sweep_interval_seconds, lambda: broker.publish_chore(SWEEP_BLOBS)),
     ]
 
 
-def rescue(database: Database, settings: Settings) -> None:
+def rescue(database: Database, settings: Settings, watch: ClockWatch) -> None:
     """Gives back jobs whose lease has passed, and ends queued ones whose deadline has. SQL only. Raises Unavailable."""
     while True:
         with database.transaction() as session:
             now = clock(session)
+            if jump_seconds := watch.jumped_seconds(now):
+                log.warning("relay.clock_jumped", seconds=round(jump_seconds, 1))
+                jobs.clock_jumped(session, jump_seconds, lease_seconds=settings.lease_seconds, now=now)
+                deliveries.clock_jumped(session, jump_seconds, now=now)
             rescued = jobs.rescue_lost(
                 session, retry_delay_seconds=settings.retry_delay_seconds, now=now, limit=ROWS_AT_ONCE
             )
+        watch.accept()
         with database.transaction() as session:
             expired = jobs.expire_overdue(session, now=clock(session), limit=ROWS_AT_ONCE)
         if rescued or expired:

@@ -310,6 +310,25 @@ def test_a_try_whose_sender_died_is_made_again_when_its_lease_has_passed(databas
 # --- what is due ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("jump_seconds", [-3600, 3600])
+def test_when_the_clock_is_set_what_is_owed_keeps_its_schedule(
+    database: Database, now: datetime, jump_seconds: int
+) -> None:
+    jumped = now + jump_seconds * SECOND
+    with database.transaction() as session:
+        first, later, tried = (owe_one(session, now) for _ in range(3))
+        defer(session, take(session, later, now), now, retry_after_seconds=300)
+        take(session, tried, now)
+        assert set(deliveries.due(session, resend_after_seconds=60, now=now)) == {first}
+        deliveries.clock_jumped(session, jump_seconds, now=jumped)
+        soon = deliveries.due(session, resend_after_seconds=60, now=jumped)
+        in_time = deliveries.due(session, resend_after_seconds=60, now=jumped + 400 * SECOND)
+        # Set forward, everything is due and what is under way is taken for lost: tried too soon, never too late.
+        assert (set(soon), set(soon + in_time)) == (
+            ({first}, {first, later, tried}) if jump_seconds < 0 else ({first, later, tried}, {first, later, tried})
+        )
+
+
 def test_what_is_due_is_named_once_until_nothing_comes_of_its_message(database: Database, now: datetime) -> None:
     with database.transaction() as session:
         first = owe_one(session, now)

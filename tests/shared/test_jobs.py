@@ -609,6 +609,33 @@ def test_a_picture_too_large_for_the_gpu_goes_to_the_cpu_at_once_and_keeps_its_a
         assert attempts(session, job.id) == [(1, "retryable"), (2, None)]
 
 
+@pytest.mark.parametrize("jump_seconds", [-3600, 3600])
+def test_when_the_clock_is_set_leases_and_waits_move_with_it(
+    database: Database, now: datetime, jump_seconds: int
+) -> None:
+    jumped = now + jump_seconds * SECOND
+    with database.transaction() as session:
+        key = a_key(session, now)
+        short, long = a_job(session, key, now), a_job(session, key, now)
+        claims = [a_claim(session, short.id, now), a_claim(session, long.id, now)]
+        # The long one stores a large file: it has asked for minutes.
+        jobs.heartbeat(session, claims[1], lease_seconds=600, now=now)
+        waiting, sent = a_job(session, key, now), a_job(session, key, now)
+        failed = a_claim(session, waiting.id, now)
+        jobs.fail(session, failed, retryable(), retry_delay_seconds=60, now=now)
+        sent.published_at = now
+        session.flush()
+        jobs.clock_jumped(session, jump_seconds, lease_seconds=20, now=jumped)
+        session.expire_all()
+        assert short.lease_until == jumped + 20 * SECOND
+        assert long.lease_until == jumped + 600 * SECOND
+        # Set forward, what waits has waited long enough; set back, it does not wait for the clock to catch up.
+        assert waiting.run_after == (jumped if jump_seconds < 0 else now + 60 * SECOND)
+        assert sent.published_at == (None if jump_seconds < 0 else now)
+        for claim in claims:
+            jobs.heartbeat(session, claim, lease_seconds=20, now=jumped)
+
+
 def test_a_poison_job_fails_after_three_attempts_with_worker_lost(database: Database, now: datetime) -> None:
     """Its worker dies each time before it can say anything: only the claim counts."""
     with database.transaction() as session:

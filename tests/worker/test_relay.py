@@ -8,11 +8,12 @@ import subprocess
 import sys
 import threading
 import time
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.orm import Session
 
 from shared import jobs, queries
 from shared.db import Database, clock
@@ -86,7 +87,7 @@ def test_a_fault_of_ours_ends_the_relay_so_that_its_supervisor_starts_it_afresh(
 
 def test_a_job_whose_lease_has_passed_is_given_back(database: Database, settings: Settings) -> None:
     job_id = a_lapsed_job(database)
-    relay.rescue(database, settings)
+    relay.rescue(database, settings, relay.ClockWatch())
     assert job(database, job_id).state == JobState.QUEUED
 
 
@@ -94,8 +95,61 @@ def test_a_queued_job_whose_deadline_has_passed_expires(database: Database, sett
     with database.transaction() as session:
         now = clock(session) - timedelta(seconds=60)
         overdue = a_job(session, a_key(session, now), now, deadline_seconds=30)
-    relay.rescue(database, settings)
+    relay.rescue(database, settings, relay.ClockWatch())
     assert job(database, overdue.id).state == JobState.EXPIRED
+
+
+def a_watch(session: Session, moved: timedelta) -> relay.ClockWatch:
+    """One that knew the database's clock before it was set by `moved`."""
+    watch = relay.ClockWatch(lambda: 0.0)
+    watch.jumped_seconds(clock(session) - moved)
+    watch.accept()
+    return watch
+
+
+def test_a_clock_set_back_does_not_hold_the_job_of_a_dead_worker(database: Database, settings: Settings) -> None:
+    # Given a job that was claimed when the clock was an hour ahead,
+    with database.transaction() as session:
+        watch = a_watch(session, timedelta(hours=-1))
+        before = clock(session) + timedelta(hours=1)
+        made = a_job(session, a_key(session, before), before)
+        a_claim(session, made.id, before)
+    settings = settings.model_copy(update={"lease_seconds": 0.05})
+
+    # when the clock is set right, then its lease passes as soon as a fresh one would,
+    def is_rescued() -> bool:
+        relay.rescue(database, settings, watch)
+        return job(database, made.id).state == JobState.QUEUED
+
+    wait_until(is_rescued, seconds=60, what="the rescue")
+    # and the next attempt does not wait for the hour either.
+    with database.transaction() as session:
+        a_claim(session, made.id, clock(session))
+
+
+def test_a_clock_set_forward_takes_no_job_from_a_living_worker(database: Database, settings: Settings) -> None:
+    with database.transaction() as session:
+        watch = a_watch(session, timedelta(hours=1))
+        before = clock(session) - timedelta(hours=1)
+        made = a_job(session, a_key(session, before), before)
+        claim = a_claim(session, made.id, before)
+    relay.rescue(database, settings, watch)
+    assert job(database, made.id).state == JobState.RUNNING
+    with database.transaction() as session:
+        now = clock(session)
+        jobs.heartbeat(session, claim, lease_seconds=20, now=now)
+        # Nothing is moved twice.
+        assert watch.jumped_seconds(now) == 0.0
+
+
+def test_a_clock_that_is_steered_has_not_jumped(now: datetime) -> None:
+    monotonic = iter([0.0, 1.0, 2.0, 3.0])
+    watch = relay.ClockWatch(lambda: next(monotonic))
+    looks = []
+    for at_seconds in (0.0, 1.5, 2.0, 30.0):
+        looks.append(watch.jumped_seconds(now + timedelta(seconds=at_seconds)))
+        watch.accept()
+    assert looks == [0.0, 0.0, 0.0, pytest.approx(27.0)]
 
 
 def test_more_lost_jobs_than_one_transaction_takes_are_all_given_back(
@@ -103,7 +157,7 @@ def test_more_lost_jobs_than_one_transaction_takes_are_all_given_back(
 ) -> None:
     monkeypatch.setattr(relay, "ROWS_AT_ONCE", 2)
     lost = [a_lapsed_job(sqlite_database) for _ in range(5)]
-    relay.rescue(sqlite_database, settings)
+    relay.rescue(sqlite_database, settings, relay.ClockWatch())
     assert {job(sqlite_database, job_id).state for job_id in lost} == {JobState.QUEUED}
 
 

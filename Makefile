@@ -2,7 +2,7 @@
 # ARGS goes to the command behind a target: `make test ARGS="tests/shared -k cancel"`, `make demo ARGS=--help`.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test lint bench images
+.PHONY: help demo up test lint bench images chaos
 # Two installs into one .venv at once would spoil it.
 .NOTPARALLEL:
 
@@ -43,3 +43,7 @@ bench: ## Measure the speed of the network and of a whole job on this machine, s
 images: ## Build both container images with buildah and run docker-compose.yml from them, without Docker (root, Debian).
 	$(INSTALL) api worker stack test
 	$(BIN)/python -m tests.images.try_images $(ARGS)
+
+chaos: ## Break a whole service in every way for a quarter of an hour, and print what it kept of its promises.
+	$(INSTALL) api worker stack test
+	$(BIN)/python -m tests.chaos $(ARGS)

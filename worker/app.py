@@ -19,12 +19,15 @@ import subprocess
 import sys
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 from celery import Celery, signals
+from celery import Task as CeleryTask
 from celery.loaders.app import AppLoader
 from celery.worker import state
+from celery.worker.request import Request as CeleryRequest
 from kombu import Queue
+from kombu.asynchronous import Hub
 
 from shared.errors import ModelUnavailable
 from shared.outbox import CHORES_QUEUE, celery_app
@@ -46,6 +49,38 @@ _LEAST_LEVELS = {
 _TORCH_SEES_GPU = "import torch; raise SystemExit(0 if torch.cuda.is_available() else 1)"
 
 
+class Request(CeleryRequest):
+    """A message under way, which makes the worker connect anew where it cannot be acknowledged.
+
+    Celery logs that and goes on; the message then counts for ever against what the worker may hold. An image process
+    holds one: Redis away at the wrong moment, and it would look alive and take no job again. The message itself may
+    stay where it is, in Redis: a hint at a job that has ended.
+    """
+
+    loop: ClassVar[Hub | None] = None
+    """Of this process's worker, once it is ready."""
+
+    def acknowledge(self) -> None:
+        super().acknowledge()
+        if self.loop is not None:
+            # Celery acknowledges in the loop's next turn; what came of it is known in the one after.
+            self.loop.call_soon(self.loop.call_soon, self._connect_anew_unless_acknowledged)
+
+    def _connect_anew_unless_acknowledged(self) -> None:
+        if not self.message.acknowledged:
+            # Raised in the loop it makes Celery drop its connection, and with it what it believes to hold.
+            raise ConnectionError("A message could not be acknowledged.")
+
+
+def use_loop(sender: Any, **_: Any) -> None:
+    """Called when a worker is ready, in its main process."""
+    Request.loop = sender.hub
+
+
+class Task(CeleryTask):  # type: ignore[type-arg]  # generic in its stubs only
+    Request = f"{__name__}:Request"
+
+
 class ProcessLoader(AppLoader):
     """Start and end of a worker's processes. Celery makes one in the main process and one in each child.
 
@@ -58,6 +93,7 @@ class ProcessLoader(AppLoader):
         # With a receiver of this signal Celery leaves logging alone, in the main process and in every child.
         signals.setup_logging.connect(self._configure_logs, weak=False)
         signals.worker_ready.connect(stop_promptly, weak=False)
+        signals.worker_ready.connect(use_loop, weak=False)
         signals.worker_process_shutdown.connect(self._process_ends, weak=False)
 
     def on_worker_process_init(self) -> None:
@@ -83,6 +119,7 @@ class ProcessLoader(AppLoader):
 def images_app(settings: Settings) -> Celery:
     """The app of an image worker. Raises ModelUnavailable where it is to use a GPU and torch sees none."""
     app = celery_app(settings)
+    app.task_cls = f"{__name__}:Task"
     app.loader_cls = "worker.images:ImagesLoader"
     app.conf.update(
         include=["worker.images"],
@@ -96,6 +133,7 @@ def images_app(settings: Settings) -> Celery:
 
 def chores_app(settings: Settings) -> Celery:
     app = celery_app(settings)
+    app.task_cls = f"{__name__}:Task"
     app.loader_cls = "worker.chores:ChoresLoader"
     app.conf.update(
         include=["worker.chores"],
@@ -120,9 +158,9 @@ def stop_promptly(sender: Any, **_: Any) -> None:
     """Takes SIGTERM, SIGINT and SIGQUIT over from Celery, once, in the main process of a worker that is ready.
 
     Celery's soft shutdown sleeps `worker_soft_shutdown_timeout` to its end in the signal's handler, also when the last
-    task ends at once, then kills the child that ran it and leaves the message unacknowledged. Here the children are
-    told to stop: an attempt gives its lease back at its next tile, the task ends as any other, and Celery's warm
-    shutdown, which waits for tasks, is over. What does not end within the timeout is killed; its lease passes.
+    task ends at once. Here the children are told to stop: an attempt gives its lease back at its next tile, the task
+    ends as any other, and Celery's warm shutdown, which waits for tasks, is over. What does not end within the timeout
+    is killed; its lease passes.
     A second signal is Celery's to answer.
     """
     worker = sender.controller

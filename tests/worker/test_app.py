@@ -8,11 +8,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import redis
@@ -27,7 +29,8 @@ from shared.models import ApiKey, BlobRemoval, Delivery, DeliveryState, Job, Job
 from shared.outbox import DELIVER_WEBHOOK, RUN_JOB, SWEEP_BLOBS, Broker, message_of
 from shared.settings import ENV_PREFIX, Settings
 from shared.storage import Storage
-from tests.conftest import Receiver, wait_until
+from tests.chaos.proxy import Proxy
+from tests.conftest import Received, Receiver, Reply, wait_until
 from tests.factories import a_job, a_key, options
 from worker import app as worker_app
 
@@ -273,3 +276,94 @@ def test_a_chores_worker_delivers_sweeps_and_stops(
     with sqlite_database.transaction() as session:
         assert session.query(BlobRemoval).count() == 0
         assert all(worker.stopped_at for worker in session.query(Worker))
+
+
+def test_a_worker_whose_task_ends_while_redis_is_away_takes_messages_again(
+    sqlite_database: Database, storage: Storage, redis_url: str, settings: Settings, tmp_path: Path
+) -> None:
+    """It has one message and may have no more. Where that cannot be acknowledged, it must not wait for ever with it."""
+    port = urlsplit(redis_url).port or 0
+    begun, may_end = threading.Event(), threading.Event()
+
+    class Slow(Receiver):
+        def _take(self, request: Received) -> Reply:
+            begun.set()
+            may_end.wait(60)
+            return super()._take(request)
+
+    with Slow() as receiver, Proxy(port) as proxy:
+        with sqlite_database.transaction() as session:
+            now = clock(session)
+            key = a_key(session, now)
+            made = [a_job(session, key, now, webhook_url=receiver.url) for _ in range(3)]
+            (first,), (second,), (third,) = (deliveries.owe(session, job, "job.canceled", now) for job in made)
+        broker = Broker(settings)
+        variables = environment(
+            settings.model_copy(update={"redis_url": redis_url.replace(f":{port}", f":{proxy.port}")}),
+            chores_concurrency="1",
+            allow_private_addresses='["127.0.0.0/8"]',
+        )
+        with celery("chores", tmp_path / "chores.log", variables):
+            broker.publish_chore(DELIVER_WEBHOOK, first)
+            assert begun.wait(60)
+            # Given a task that ends while nobody listens at Redis's address,
+            proxy.set("refuse")
+            may_end.set()
+            log = tmp_path / "chores.log"
+            wait_until(lambda: "Couldn't ack" in log.read_text(), seconds=60, what="an ack in vain")
+            # when Redis is back, then the worker goes on.
+            proxy.set("pass")
+            broker.publish_chore(DELIVER_WEBHOOK, second)
+            receiver.wait_for(2, seconds=60)
+            # It connects anew for that reason alone, and not after every message.
+            broker.publish_chore(DELIVER_WEBHOOK, third)
+            receiver.wait_for(3, seconds=60)
+            assert log.read_text().count("Connection to broker lost") == 1
+        broker.close()
+
+
+# --- why stopping is ours -------------------------------------------------------------------------------------------
+
+PLAIN_CELERY = """
+import os, time
+from celery import Celery
+
+app = Celery("plain", broker=os.environ["BROKER"])
+app.conf.update(
+    task_acks_late=True, task_reject_on_worker_lost=False, worker_prefetch_multiplier=1, worker_concurrency=1,
+    worker_soft_shutdown_timeout=6, task_ignore_result=True,
+)
+
+@app.task(name="short")
+def short():
+    open("begun", "w").close()
+    time.sleep(1)
+    open("ended", "w").close()
+"""
+
+
+def test_celerys_own_soft_shutdown_sleeps_on_when_the_last_task_has_ended(redis_url: str, tmp_path: Path) -> None:
+    """The experiment behind `stop_promptly`. Where it fails, Celery has got better, and what is ours may go."""
+    (tmp_path / "plain.py").write_text(PLAIN_CELERY)
+    variables = {**os.environ, "BROKER": redis_url, "REMAP_SIGTERM": "SIGQUIT"}
+    command = [sys.executable, "-m", "celery", "--quiet", "-A", "plain", "worker", "--pool=prefork", "--loglevel=INFO"]
+    command += ["--without-gossip", "--without-mingle", "--without-heartbeat"]
+    with Celery("plain", broker=redis_url, set_as_current=False) as producer:
+        producer.send_task("short")
+    log = (tmp_path / "plain.log").open("wb")
+    process = subprocess.Popen(command, cwd=tmp_path, env=variables, stdout=log, stderr=log, start_new_session=True)
+    try:
+        wait_until((tmp_path / "begun").exists, seconds=60, what="the task to begin")
+        told_at = time.monotonic()
+        process.terminate()
+        wait_until((tmp_path / "ended").exists, seconds=60, what="the task to end")
+        ended_at = time.monotonic()
+        process.wait(60)
+        # The task took a second of the six it was given; Celery slept through the rest of them.
+        assert ended_at - told_at < time.monotonic() - ended_at
+        assert time.monotonic() - told_at >= 6
+    finally:
+        log.close()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

@@ -142,7 +142,8 @@ def _effects(lines: dict[str, list[Line]]) -> Iterator[Violation]:
             yield Violation("G2", job["id"], f"its result {'is not in storage' if stored is None else 'differs'}")
         if f"result-{job['attempt']}." not in job["result_key"]:
             yield Violation("G2", job["id"], f"its result {job['result_key']} is not of attempt {job['attempt']}")
-        results[pictures.get(job["key"], "?")][job["result_sha256"]] += 1
+        if job["key"] in pictures:
+            results[pictures[job["key"]]][job["result_sha256"]] += 1
     for picture, made in results.items():
         if len(made) > 1:
             yield Violation("G2", picture, f"the same picture has come to {len(made)} different results: {dict(made)}")

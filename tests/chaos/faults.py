@@ -77,10 +77,9 @@ def kill_image_worker(world: World, _seconds: float) -> dict[str, Any]:
 
 def kill_api_process(world: World, _seconds: float) -> dict[str, Any]:
     """One of gunicorn's workers, with the requests that it is answering."""
-    children = _children(world.stack.process("api").pid)
-    if children:
-        _kill(world.chance.choice(children))
-    return {"killed": len(children[:1])}
+    world.wait_until(lambda: _children(world.stack.process("api").pid), seconds=LONGEST_WAIT_SECONDS)
+    _kill(world.chance.choice(_children(world.stack.process("api").pid)))
+    return {"killed": 1}
 
 
 def kill_whole(name: str) -> Fault:

@@ -68,8 +68,6 @@ def storm(world: World, plan: Plan, *, jobs: int, poison: int, longest_fault_sec
     """
     names = [name for name in possible(world) for _ in range(_times(plan, name))]
     world.chance.shuffle(names)
-    # A customer whose request died with the API waits some seconds for its Idempotency-Key: not at the very end.
-    names.sort(key=lambda name: 0 if name in ("kill api process", "kill api") and len(names) < 50 else 1)
     load = ["poison"] * poison + [world.chance.choice(KINDS) for _ in range(jobs - poison)]
     world.chance.shuffle(load)
     for number, name in enumerate(names):

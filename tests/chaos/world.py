@@ -19,6 +19,7 @@ import random
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -28,7 +29,7 @@ from unittest import mock
 import httpx
 import redis
 from PIL import Image
-from sqlalchemy import func, select, text
+from sqlalchemy import func, inspect, select, text
 from sqlalchemy.engine import make_url
 from standardwebhooks import Webhook, WebhookVerificationError
 
@@ -111,11 +112,14 @@ class World:
         image_processes: int = 2,
         tile_seconds: float = 0.05,
         fence: bool = True,
+        start_method: Literal["fork", "spawn"] = "fork",
         receiver_faults: float = 0.3,
         tell: Callable[[str], None] = lambda _: None,
+        restore: Callable[[World], None] = lambda _: None,
         **settings: Any,
     ) -> None:
-        """`settings` are the product's; what they leave open is SHORT_LIVES and STEADY."""
+        """`restore` may fill the empty servers before anything of ours starts. `settings` are the product's; what they
+        leave open is SHORT_LIVES and STEADY."""
         self.seed = seed
         self.chance = random.Random(seed)
         self.folder = folder
@@ -125,8 +129,13 @@ class World:
         self.sleeping: set[int] = set()
         """Image processes that are stopped just now."""
         self.tell = tell
-        self._sql, self._fence, self._tile_seconds = sql, fence, tile_seconds
-        self._receiver_faults = receiver_faults
+        self._sql = sql
+        self._told = {
+            processes.TILE_SECONDS: str(tile_seconds),
+            processes.FENCE: "on" if fence else "off",
+            processes.START_METHOD: start_method,
+        }
+        self._receiver_faults, self._restore = receiver_faults, restore
         self._given = {**STEADY, **SHORT_LIVES, "worker_concurrency": image_processes, **settings}
         self._closing = ExitStack()
         self._customers: list[threading.Thread] = []
@@ -174,23 +183,27 @@ class World:
         if self._sql == "postgresql":
             given["database_url"] = self._proxied("sql")
         self.settings = Settings(**given)
-        prepare(self.settings)
         # Past the proxies: the eyes of the harness must not be hurt by its hands.
-        direct = given.get("database_url") and self.servers["sql"].url
-        self.database = Database(direct or self.settings.sqlalchemy_url)
-        self._closing.callback(self.database.close)
-        with self.database.engine.begin() as connection:
-            for statement in _WATCH[self._sql]:
-                connection.execute(text(statement))
-        self.storage = Storage(self.settings.model_copy(update={"storage_endpoint_url": self.servers["s3"].url}))
+        direct = {"storage_endpoint_url": self.servers["s3"].url}
+        if self._sql == "postgresql":
+            direct["database_url"] = self.servers["sql"].url
+        unhurt = self.settings.model_copy(update=direct)
+        self.storage = Storage(unhurt)
         self._closing.callback(self.storage.close)
+        self._restore(self)
+        prepare(unhurt)
+        self.database = Database(unhurt.sqlalchemy_url)
+        self._closing.callback(self.database.close)
+        if not inspect(self.database.engine).has_table("chaos_changes"):
+            with self.database.engine.begin() as connection:
+                for statement in _WATCH[self._sql]:
+                    connection.execute(text(statement))
         self.redis = redis.Redis.from_url(self.servers["redis"].url, socket_timeout=5)
         self._closing.callback(self.redis.close)
 
         enter(mock.patch.object(stack_module, "command", _Commands(stack_module.command)))
         enter(mock.patch.object(stack_module, "RESTART_DELAYS_SECONDS", (0.0,)))
-        told = {processes.TILE_SECONDS: str(self._tile_seconds), processes.FENCE: "on" if self._fence else "off"}
-        enter(mock.patch.dict(os.environ, told))
+        enter(mock.patch.dict(os.environ, self._told))
         self.stack = enter(Stack(self.settings, port=free_port(), tell=self.tell))
         self.http = httpx.Client(
             base_url=self.stack.url, headers={"Authorization": f"Bearer {self.stack.api_key}"}, timeout=30
@@ -235,7 +248,9 @@ class World:
     def _be_a_customer(self) -> None:
         with httpx.Client(base_url=self.stack.url, headers=self.http.headers, timeout=30) as http:
             while (given := self._waiting.get()) is not None:
-                self._submit(http, *given)
+                job_id = self._submit(http, *given)
+                if job_id is not None:
+                    self._perhaps_cancel(http, job_id)
 
     def submit(self, kind: str) -> str:
         """One picture, until it is accepted; returns the job's id."""
@@ -243,11 +258,13 @@ class World:
         assert job_id is not None, "nobody takes a picture"
         return job_id
 
+    def try_to_submit(self, kind: str) -> tuple[int | None, str | None]:
+        """One picture, once: the answer's status and the job's id, None where there is none."""
+        return self._try_submit(self.http, f"{self.seed}-{next(self._numbers)}", kind)
+
     def _submit(self, http: httpx.Client, number: int, kind: str) -> str | None:
         key = f"{self.seed}-{number}"
         chance = random.Random(key)
-        # Every few are taken back at once, at whatever moment of their life that is.
-        to_be_canceled = kind in ("small", "middle") and chance.random() < 0.03
         ends_at = time.monotonic() + SUBMIT_PATIENCE_SECONDS
         while True:
             status, job_id = self._try_submit(http, key, kind)
@@ -257,12 +274,16 @@ class World:
                 self.history.record("gave_up", key=key, status=status)
                 return None
             threading.Event().wait(chance.uniform(0.05, 0.6))
-        if to_be_canceled:
+        return job_id
+
+    def _perhaps_cancel(self, http: httpx.Client, job_id: str) -> None:
+        """Every few jobs are taken back, at whatever moment of their life that is."""
+        chance = random.Random(job_id)
+        if chance.random() < 0.03:
             threading.Event().wait(chance.uniform(0, 0.3))
             with suppress(httpx.TransportError):
                 answer = http.post(f"/v1/jobs/{job_id}/cancel")
                 self.history.record("cancel", id=job_id, status=answer.status_code)
-        return job_id
 
     def _try_submit(self, http: httpx.Client, key: str, kind: str) -> tuple[int | None, str | None]:
         began = time.monotonic()
@@ -367,6 +388,16 @@ class World:
     def open_jobs(self) -> int:
         with self.database.reading() as session:
             return session.scalar(select(func.count()).where(Job.state.not_in(TERMINAL_STATES))) or 0
+
+    def states(self, job_ids: Sequence[str]) -> Counter[str]:
+        with self.database.reading() as session:
+            return Counter(str(state) for state in session.scalars(select(Job.state).where(Job.id.in_(job_ids))))
+
+    def outcomes(self, job_ids: Sequence[str]) -> Counter[str]:
+        """Of the attempts at these jobs that have ended."""
+        with self.database.reading() as session:
+            found = select(Attempt.outcome).where(Attempt.job_id.in_(job_ids), Attempt.outcome.is_not(None))
+            return Counter(str(outcome) for outcome in session.scalars(found))
 
     def _open_ends(self) -> int:
         with self.database.reading() as session:

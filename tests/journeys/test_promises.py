@@ -1,7 +1,7 @@
-"""First tests of the promises: what is killed, frozen or raced against loses nothing and takes effect once.
+"""A promise at a time, with the real network: what is killed, frozen or raced against is watched step by step.
 
-Each breaks the running service from outside, by signals alone. Leases here last seconds (`STACK_SETTINGS`), so that
-rescue can be waited for; the long harness with its hundreds of kills is another one.
+Each test breaks the running service from outside, by signals alone. Leases here last seconds (`STACK_SETTINGS`), so
+that rescue can be waited for. Everything at once, and often, is the chaos of `tests/chaos`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import statistics
 import threading
 import time
 from collections import Counter
@@ -17,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import httpx
 import pytest
 from sqlalchemy import select
 
@@ -116,32 +114,6 @@ def test_g1_a_job_whose_process_is_killed_starts_again_and_succeeds(
     assert len(receiver.wait_for(where=of_type("job.succeeded"))) == 1
 
 
-def test_g1_nothing_is_lost_when_everything_is_killed(
-    stack: Stack, service: Service, stack_database: Database, receiver: Receiver, whole: None
-) -> None:
-    submitted = [service.submit(photograph(72, 48), webhook_url=receiver.url)["id"] for _ in range(8)]
-    service.wait(submitted[0], until=lambda job: job["status"] != "queued")
-    for name in ("redis", "images", "relay", "chores", "api"):
-        stack.hold(name)
-    for name in ("api", "chores", "relay", "images", "redis"):
-        stack.release(name)
-    wait_until(lambda: is_up(service), seconds=PATIENCE_SECONDS, what="the API to be back")
-    done = [service.wait(job_id, seconds=PATIENCE_SECONDS) for job_id in submitted]
-    assert {job["status"] for job in done} == {"succeeded"}
-    assert all(len(service.result(job["id"])) == job["result"]["bytes"] for job in done)
-    told = receiver.wait_for(8, seconds=PATIENCE_SECONDS, where=of_type("job.succeeded"))
-    # A delivery may be made twice (its sender died before it could write that down), an event may not.
-    assert {request.json["data"]["id"] for request in told} == set(submitted)
-    assert len({request.headers["webhook-id"] for request in told}) == 8
-
-
-def is_up(service: Service) -> bool:
-    try:
-        return service.http.get("/livez").status_code == 200
-    except httpx.TransportError:
-        return False
-
-
 def test_g2_a_worker_that_wakes_up_after_its_lease_is_refused(
     stack: Stack, service: Service, stack_database: Database, receiver: Receiver, whole: None
 ) -> None:
@@ -186,68 +158,6 @@ def test_g2_a_worker_that_wakes_up_after_its_lease_is_refused(
 def worker_is_on(database: Database, worker_id: str, job_id: str) -> bool:
     with database.reading() as session:
         return bool(session.get_one(Worker, worker_id).current_job_id == job_id)
-
-
-@pytest.mark.parametrize("how", ["refused", "frozen"])
-def test_g4_submitting_works_and_is_quick_without_redis(stack: Stack, service: Service, how: str, whole: None) -> None:
-    small = photograph(8, 8)
-    service.wait(service.submit(small)["id"])
-    seconds = []
-    with redis_away(stack, how):
-        submitted = []
-        for _ in range(40):
-            began = time.perf_counter()
-            submitted.append(service.submit(small)["id"])
-            seconds.append(time.perf_counter() - began)
-            assert service.job(submitted[-1])["status"] == "queued"
-        ready = service.http.get("/readyz")
-        assert ready.status_code == 503
-        assert "redis" in ready.text.lower(), "it says which server does not answer"
-    # Nine of ten, and not all: another process may hold the processor for any single one.
-    ninth = statistics.quantiles(seconds, n=10)[-1]
-    assert ninth <= 0.25, f"submits took {[round(s * 1000) for s in sorted(seconds)]} ms"
-    assert max(seconds) < 2
-    done = [service.wait(job_id, seconds=PATIENCE_SECONDS) for job_id in submitted]
-    assert Counter(job["status"] for job in done) == {"succeeded": 40}
-
-
-@contextmanager
-def redis_away(stack: Stack, how: str) -> Iterator[None]:
-    if how == "frozen":
-        with frozen(stack.process("redis").pid):
-            yield
-        return
-    stack.hold("redis")
-    try:
-        yield
-    finally:
-        stack.release("redis")
-
-
-def test_g8_a_job_that_kills_its_worker_fails_after_three_attempts_and_harms_nobody(
-    stack: Stack, service: Service, stack_database: Database, receiver: Receiver, whole: None
-) -> None:
-    """The poison is a picture like any other; whoever works on it dies, as a fault in native code would have it."""
-    poison = service.submit(photograph(160, 120), webhook_url=receiver.url)
-    others = [service.submit(photograph(48, 32))["id"] for _ in range(6)]
-    killed: list[int] = []
-
-    def ended() -> bool:
-        worker = worker_of(stack_database, poison["id"])
-        if worker is not None and worker.pid not in killed:
-            os.kill(worker.pid, signal.SIGKILL)
-            killed.append(worker.pid)
-        return service.job(poison["id"])["finished_at"] is not None
-
-    wait_until(ended, seconds=2 * PATIENCE_SECONDS, what="the poison job to be given up")
-    job = service.job(poison["id"])
-    assert (job["status"], job["attempt"], len(killed)) == ("failed", 3, 3), "each attempt takes one process with it"
-    assert job["error"]["code"] == "worker-lost"
-    assert attempts(stack_database, poison["id"]) == [(1, "lost"), (2, "lost"), (3, "lost")]
-    finished = [service.wait(job_id, seconds=PATIENCE_SECONDS) for job_id in others]
-    assert {other["status"] for other in finished} == {"succeeded"}
-    assert {other["attempt"] for other in finished} == {1}, "a neighbour was harmed"
-    assert len(receiver.wait_for(where=of_type("job.failed"))) == 1
 
 
 def test_g10_no_result_appears_after_a_cancel_was_accepted(

@@ -44,7 +44,7 @@ from worker.decoding import Sandboxed
 from worker.enlarging import Engine
 from worker.execute import Executor
 
-MUTANTS = int(os.environ.get("FUZZ_MUTANTS", "300"))
+MUTANTS = int(os.environ.get("FUZZ_MUTANTS", "200"))
 SEED = int(os.environ.get("FUZZ_SEED", "1"))
 LONGEST_ANSWER_SECONDS = 10
 MAX_INPUT_PX = 4_000_000

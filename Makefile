@@ -2,7 +2,7 @@
 # ARGS goes to the command behind a target: `make test ARGS="tests/shared -k cancel"`, `make demo ARGS=--help`.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test lint bench images chaos
+.PHONY: help demo up test lint bench images chaos fuzz
 # Two installs into one .venv at once would spoil it.
 .NOTPARALLEL:
 
@@ -35,6 +35,10 @@ lint: ## Check style (ruff), types (mypy) and who imports whom (import-linter).
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+fuzz: ## Hand 5,000 broken and hostile pictures to the real API and workers (MUTANTS=5000 SEED=1 to choose).
+	$(INSTALL) api worker stack test lint
+	FUZZ_MUTANTS=$(or $(MUTANTS),5000) FUZZ_SEED=$(or $(SEED),1) $(BIN)/python -m pytest -s --timeout 3600 tests/journeys/test_bad_input.py $(ARGS)
 
 bench: ## Measure the speed of the network and of a whole job on this machine, side by side.
 	$(INSTALL) api worker stack

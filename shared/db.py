@@ -214,3 +214,16 @@ def new_id(prefix: str, now: datetime) -> str:
         number, digit = divmod(number, 32)
         digits.append(_CROCKFORD[digit])
     return f"{prefix}_{''.join(reversed(digits))}"
+
+
+def moment_of(id: str) -> datetime | None:
+    """When an id was made, to the millisecond; None where it is none of `new_id`."""
+    digits = id.rpartition("_")[2]
+    if len(digits) != 26 or not set(digits) <= set(_CROCKFORD):
+        return None
+    number = 0
+    for digit in digits:
+        number = number * 32 + _CROCKFORD.index(digit)
+    milliseconds = number >> 80
+    # The year 9999: beyond it there are no datetimes.
+    return datetime.fromtimestamp(milliseconds / 1000, UTC) if milliseconds < 253_402_300_800_000 else None

@@ -69,7 +69,9 @@ class Settings(BaseSettings):
         "", repr=False, description="Where set (`enl_...`), is created as an admin key at start."
     )
     session_seconds: int = Field(7 * 86400, gt=0, description="Life of a page's sign-in.")
-    cookie_secure: bool = Field(False, description="Send the session cookie over HTTPS only. Turn on behind TLS.")
+    cookie_secure: bool = Field(
+        False, description="Send the session cookie over HTTPS only, as `__Host-enlarger`. Turn on behind TLS."
+    )
     trusted_proxies: int = Field(
         0, ge=0, description="Proxies in front of the API whose `X-Forwarded-*` headers are believed; 0 believes none."
     )

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cache, partial
 from typing import Any, BinaryIO
 from urllib.parse import quote, urlsplit
@@ -160,6 +161,27 @@ class Storage:
         with _translated(prefix):
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
             return [entry["Key"] for page in pages for entry in page.get("Contents", ())]
+
+    def page(self, prefix: str, *, after: str, limit: int) -> list[str]:
+        """The first `limit` keys that begin with `prefix` and come behind `after`, in order. One request."""
+        with _translated(prefix):
+            found = self._client.list_objects_v2(
+                Bucket=self.bucket, Prefix=prefix, StartAfter=after, MaxKeys=min(limit, 1000)
+            )
+        return [entry["Key"] for entry in found.get("Contents", ())]
+
+    def abort_uploads(self, *, begun_before: datetime) -> int:
+        """Throws away the parts of multipart uploads that were never completed: their sender was killed. How many."""
+        aborted = 0
+        with _translated():
+            found = self._client.list_multipart_uploads(Bucket=self.bucket)
+            for upload in found.get("Uploads", ()):
+                if upload["Initiated"] < begun_before:
+                    self._client.abort_multipart_upload(
+                        Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+                    )
+                    aborted += 1
+        return aborted
 
     def link(self, key: str, *, file_name: str, content_type: str, inline: bool = False) -> str:
         """A presigned GET address, good for `presigned_link_seconds`. No request is made."""

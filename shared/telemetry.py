@@ -1,7 +1,8 @@
 """Structured logs, bound to job and attempt, and the one table of metric names with what a process counts of them.
 
 A log line is an event with fields: `job.claimed job_id=... attempt=2 wait_seconds=1.4`. Secrets, signed links and
-request bodies are never fields.
+request bodies are never fields: a field that does not stand in FIELDS is left out. What comes as free text, from
+libraries and in tracebacks, loses whatever looks like one of our secrets.
 
 What SQL knows (depths, ages, states) is asked of SQL when `/metrics` is read. What only the process knows that does the
 work (how long a phase took, how storage answers) it counts itself, and its row in SQL carries the numbers
@@ -11,6 +12,7 @@ work (how long a phase took, how storage answers) it counts itself, and its row 
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -121,6 +123,43 @@ tallies = Tallies()
 """Of this process, as `log` is."""
 
 
+# Every field that a line may have beside those of the log itself; tests/shared/test_telemetry.py holds the code to it.
+_FIELDS = """
+    attempt batch_id blobs code delivery_id detail device error expired fault job_id jobs key_id messages method model
+    module outcome path pause_seconds prefix prefixes queue queues reason record_id removals request_id seconds signal
+    state status step strays threads timings traceparent try_number type unsent wait_seconds well worker worker_id
+    workers_forgotten
+"""
+FIELDS = frozenset(_FIELDS.split())
+_OF_THE_LOG = frozenset({"event", "level", "timestamp", "exc_info", "exception", "stack", "stack_info", "logger"})
+
+_SECRETS = re.compile(
+    # An API key; a webhook secret; what signs a presigned link (of S3, versions 4 and 2).
+    r"\benl_[A-Za-z0-9_-]{8,}|\bwhsec_[A-Za-z0-9+/=]+|\b(?:X-Amz-(?:Signature|Credential|Security-Token)|Signature)=[^&\s\"']+"
+    # A sign-in link's token, an Authorization header, a password in an address.
+    r"|(?<=[?&]token=)[^&\s\"']+|(?<=[Bb]earer )\S+|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"
+)
+
+
+def without_secrets(text: str) -> str:
+    """The text with everything that looks like one of our secrets struck out."""
+    return _SECRETS.sub("[secret]", text)
+
+
+def _only_known_fields(_logger: Any, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    unknown = sorted(name for name in event if name not in FIELDS and name not in _OF_THE_LOG)
+    for name in unknown:
+        del event[name]
+    if unknown:
+        event["detail"] = f"{event.get('detail', '')} (left out, not in shared.telemetry.FIELDS: {', '.join(unknown)})"
+    return event
+
+
+def _strike_secrets(_logger: Any, _method: str, line: Any) -> Any:
+    """Last of all, on the finished line."""
+    return without_secrets(line)
+
+
 def configure_logs(level: str, format: str) -> None:
     """Sends every log of the process, libraries included, to standard error as JSON lines or as text. Call once."""
     shared_steps: list[structlog.typing.Processor] = [
@@ -133,6 +172,7 @@ def configure_logs(level: str, format: str) -> None:
         processors=[
             structlog.stdlib.filter_by_level,
             *shared_steps,
+            _only_known_fields,
             structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
         ],
         logger_factory=structlog.stdlib.LoggerFactory(),
@@ -151,7 +191,7 @@ def configure_logs(level: str, format: str) -> None:
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared_steps,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last, _strike_secrets],
         )
     )
     root = logging.getLogger()

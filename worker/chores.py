@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from collections.abc import Sequence
+from datetime import datetime, timedelta
 from typing import Any
 
 from celery import shared_task
 from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
 
 from shared import jobs, keys, workers
-from shared.db import Database, clock
+from shared.db import Database, clock, moment_of
 from shared.errors import StaleAttempt, Unavailable
-from shared.models import BlobRemoval, IdempotencyRecord, Upload
+from shared.models import TERMINAL_STATES, BlobRemoval, IdempotencyRecord, Job, Upload
 from shared.outbox import CHORES_QUEUE, DELIVER_WEBHOOK, SWEEP_BLOBS
 from shared.outgoing import GuardedClient
 from shared.settings import Settings
@@ -23,6 +25,10 @@ from worker.webhooks import Postman
 
 REMOVALS_PER_SWEEP = 500
 """A sweep is one chore among many: what is left waits for the next."""
+KEYS_PER_SWEEP = 1000
+"""Keys of storage that one sweep holds against SQL; the next goes on behind them, round and round."""
+STRAY_AFTER_SECONDS = 86400
+"""A blob whose row is not there may be about to get one; after a day it is nobody's."""
 
 
 class Chores:
@@ -32,6 +38,7 @@ class Chores:
         self.settings = settings
         self.database = Database(settings.sqlalchemy_url)
         self.storage = Storage(settings)
+        self.strays_after = ""
         self.postman = Postman(self.database, GuardedClient(settings.allow_private_addresses), settings)
         self.presence = Presence(
             self.database,
@@ -74,6 +81,7 @@ def sweep_blobs(self: Any) -> None:
     chores = self.app.loader.chores
     try:
         sweep(chores.database, chores.storage, chores.settings)
+        chores.strays_after = sweep_strays(chores.database, chores.storage, chores.settings, after=chores.strays_after)
     except Unavailable as error:
         log.warning("sweep.broken_off", code=error.code, detail=error.detail)
 
@@ -113,3 +121,53 @@ def sweep(database: Database, storage: Storage, settings: Settings) -> int:
     if swept or removed or forgotten:
         log.info("sweep.done", jobs=len(swept), removals=len(due), blobs=removed, workers_forgotten=forgotten)
     return removed
+
+
+def sweep_strays(
+    database: Database, storage: Storage, settings: Settings, *, after: str = "", limit: int = KEYS_PER_SWEEP
+) -> str:
+    """Deletes blobs that belong to nothing any more, among the next `limit` keys behind `after`. Returns where the next
+    sweep is to go on, "" at the end.
+
+    Three kinds are left behind by processes that were killed at the wrong moment, and no row knows of them: a picture
+    whose job was never written, a result of an attempt that lost its job, the parts of an upload that was broken off.
+    Raises Unavailable.
+    """
+    keys_found = storage.page("", after=after, limit=limit)
+    with database.reading() as session:
+        now = clock(session)
+        strays = _strays(session, keys_found, now, settings)
+    for key in strays:
+        storage.remove(key)
+    if not after:
+        storage.abort_uploads(begun_before=now - timedelta(seconds=STRAY_AFTER_SECONDS))
+    if strays:
+        log.info("sweep.strays", strays=len(strays))
+    return keys_found[-1] if len(keys_found) == limit else ""
+
+
+def _strays(session: Session, keys_found: Sequence[str], now: datetime, settings: Settings) -> list[str]:
+    owners = {key: key.split("/")[1] for key in keys_found if key.startswith(("jobs/", "uploads/")) and "/" in key[8:]}
+    ids = sorted(set(owners.values()))
+    held_jobs = {job.id: job for job in session.scalars(select(Job).where(Job.id.in_(ids), Job.swept_at.is_(None)))}
+    held_uploads = set(session.scalars(select(Upload.id).where(Upload.id.in_(ids))))
+    longest_seconds = STRAY_AFTER_SECONDS + settings.upload_ttl_seconds
+    strays = []
+    for key, owner in owners.items():
+        made_at = moment_of(owner)
+        job = held_jobs.get(owner)
+        if job is not None:
+            if _is_a_losers(key, job, now):
+                strays.append(key)
+        elif owner not in held_uploads and made_at is not None and made_at < now - timedelta(seconds=longest_seconds):
+            strays.append(key)
+    return strays
+
+
+def _is_a_losers(key: str, job: Job, now: datetime) -> bool:
+    """A result that is not the job's: of an attempt that was taken for dead, or came after a cancel. While the job may
+    still run, and for a while after its end, a late worker may be writing."""
+    is_result = key.startswith(f"{job.blob_prefix}/result-")
+    ended_at = job.finished_at if job.state in TERMINAL_STATES else None
+    is_over = ended_at is not None and ended_at < now - timedelta(seconds=jobs.LATE_WRITER_SECONDS)
+    return is_result and key != job.result_key and is_over

@@ -37,6 +37,7 @@ from shared.errors import (
     InternalError,
     OutOfMemory,
     StaleAttempt,
+    StorageUnavailable,
     Unavailable,
 )
 from shared.jobs import Claim, JobResult
@@ -549,6 +550,11 @@ class Executor:
                 # Perhaps it came too late in another way: a job that is being canceled cannot succeed any more.
                 with contextlib.suppress(StaleAttempt):
                     jobs.acknowledge_cancel(session, claim, now=now)
+                kept_key = session.scalar(select(Job.result_key).where(Job.id == claim.job_id))
+        # Not where it is the job's after all: the commit before may have lost its reply and nothing else.
+        if isinstance(outcome, Succeeded) and outcome.result.key != kept_key:
+            with contextlib.suppress(StorageUnavailable):
+                self._storage.remove(outcome.result.key)
 
     def _write(self, session: Session, claim: Claim, outcome: Outcome, now: datetime) -> None:
         match outcome:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from io import BytesIO
 from typing import Any
 
+import httpx
 import pytest
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
@@ -19,7 +21,9 @@ from shared import jobs
 from shared.db import Database
 from shared.errors import DatabaseUnavailable, IdempotencyInProgress
 from shared.models import IdempotencyRecord, Job
-from tests.api.conftest import Api, Caller
+from shared.settings import Settings
+from shared.storage import Storage
+from tests.api.conftest import Api, Caller, running, served
 from tests.factories import a_png
 
 KEY = {"Idempotency-Key": "order-17"}
@@ -89,6 +93,46 @@ def test_ten_requests_at_once_are_one_job(api_on_both: Api) -> None:
     assert len({a.json["id"] for a in answers if a.status_code == 202}) == 1
     assert jobs_of(api_on_both) == 1
     assert len(api_on_both.context.storage.keys()) == 1
+
+
+def test_two_hundred_keys_ten_times_at_once_are_two_hundred_jobs(
+    settings: Settings, postgresql_database: Database, storage: Storage, redis_url: str
+) -> None:
+    """G7, over real sockets. A request that meets the first one in flight is told to come again, and does."""
+    keys_sent = [f"order-{number}" for number in range(200)]
+    roomy = settings.model_copy(update={"rate_limit_per_minute": 1_000_000})
+    with running(roomy) as api, served(api.app) as url:
+        caller = api.caller()
+        picture, other = a_png(4, 4), a_png(4, 4, seed=2)
+        answers: dict[str, set[str]] = {key: set() for key in keys_sent}
+        fresh: Counter[str] = Counter()
+
+        def send(http: httpx.Client, key: str, content: bytes) -> httpx.Response:
+            headers = {"Authorization": f"Bearer {caller.secret}", "Idempotency-Key": key}
+            while True:
+                answer = http.post(f"{url}/v1/jobs", files={"image": ("a.png", content)}, headers=headers)
+                if answer.status_code != 409:
+                    return answer
+                assert answer.json()["code"] == "idempotency-in-progress"
+
+        def go(http: httpx.Client, key: str) -> None:
+            answer = send(http, key, picture)
+            assert answer.status_code == 202, answer.text
+            answers[key].add(answer.json()["id"])
+            if "Idempotent-Replayed" not in answer.headers:
+                fresh[key] += 1
+
+        with httpx.Client(timeout=60) as http, ThreadPoolExecutor(10) as threads:
+            for key in keys_sent:
+                # All ten of a key stand side by side in the pool.
+                list(threads.map(go, [http] * 10, [key] * 10))
+            mismatches = [send(http, key, other) for key in keys_sent[:20]]
+        assert [len(ids) for ids in answers.values()] == [1] * 200
+        assert fresh == Counter(dict.fromkeys(keys_sent, 1))
+        assert jobs_of(api) == 200
+        assert {(m.status_code, m.json()["code"]) for m in mismatches} == {(422, "idempotency-mismatch")}
+        # The refused ones left no picture behind either.
+        assert len(api.context.storage.keys("jobs/")) == 200
 
 
 def test_a_refused_request_leaves_the_key_free(api: Api, caller: Caller) -> None:

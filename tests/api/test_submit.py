@@ -189,6 +189,13 @@ def test_a_picture_under_another_part_name_is_refused(caller: Caller) -> None:
 def test_an_unknown_model_is_refused_with_those_there_are(caller: Caller) -> None:
     answer = caller.submit(model="dalle")
     assert (answer.status_code, answer.json["code"]) == (422, "model-unavailable")
+    # Weights are named by the catalogue and by nobody else.
+    for path in ("../../etc/passwd", "/tmp/mine.pth", "srgan/../srgan", "file:///tmp/x.safetensors", "srgan\x00"):
+        refused = caller.submit(model=path)
+        assert (refused.status_code, refused.json["code"]) in (
+            (422, "model-unavailable"),
+            (422, "invalid-request"),
+        ), path
     assert "srgan" in answer.json["models"]
 
 

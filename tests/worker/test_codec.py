@@ -1048,3 +1048,72 @@ def test_no_mutant_escapes_as_another_error(content: bytes) -> None:
         codec.metadata_for_result(picture, "keep", 10, 10)
     except UploadRejected:
         pass
+
+
+# Where libvips, which the references are by, does something else, and why it is no reference there.
+NO_REFERENCE = {
+    "pillow/separate_planar_extra_samples.tiff": "an undefined second sample, which libvips takes for alpha",
+    "image-rs/images_tiff_testsuite_ycbcr_lzw_bt709.tif": "libvips shows YCbCr under LZW as if it were RGB",
+    "image-rs/images_tiff_testsuite_ycbcr_lzw_broken.tif": "likewise",
+    "pillow/avif_xmp_tags_orientation.avif": "an orientation in XMP alone, which libvips does not heed",
+    "pillow/tiff_tiled_cmyk_jpeg.tif": "CMYK without a profile: libvips assumes one, we say that we do not",
+    "image-rs/images_tiff_testsuite_cmyk_u8_trunc_case.tif": "likewise",
+}
+
+
+def reference(content: bytes) -> Array | None:
+    """(height, width, 3) float64 in levels of 255 by libvips alone: upright, by its profile in sRGB; None where it
+    cannot read the file (BMP, and kinds of TIFF)."""
+    try:
+        image = pyvips.Image.new_from_buffer(content, "").autorot()
+        deep = image.format == "ushort"
+        if image.get_typeof("icc-profile-data"):
+            image = image.icc_transform(
+                "srgb", embedded=True, intent="relative", black_point_compensation=True, depth=16 if deep else 8
+            )
+        else:
+            image = image.colourspace("rgb16" if deep else "srgb")
+        samples = np.ndarray(
+            buffer=image.write_to_memory(),
+            dtype=np.uint16 if deep else np.uint8,
+            shape=(image.height, image.width, image.bands),
+        )
+    except pyvips.Error:
+        return None
+    rgb = samples[..., :3] if image.bands >= 3 else np.repeat(samples[..., :1], 3, axis=2)
+    return rgb / (257 if deep else 1)
+
+
+def test_every_odd_sample_that_pillow_decodes_comes_out_right(samples: Path) -> None:
+    """Size, orientation, colour and transparency of each, against a decoder that shares nothing with ours (G14)."""
+    root = samples / "images" / "oddinput"
+    offered = {name for format in FORMATS for name in format.pillow_names}
+    wrong, compared = [], 0
+    with (root / "DECODE.csv").open() as record:
+        rows = [row for row in csv.DictReader(record) if row["result"] == "ok" and row["format"] in offered]
+    for row in rows:
+        content = (root / row["file"]).read_bytes()
+        picture = read(content)
+        top = 257 if picture.bits == 16 else 1
+        expected = reference(content)
+        if expected is None and row["mode"] in ("1", "L", "P", "RGB", "RGBA"):
+            # Pillow's plain conversion: another way through the same decoder.
+            with Image.open(io.BytesIO(content)) as image:
+                expected = np.asarray(image.convert("RGBA").convert("RGB"), np.float64)
+        if expected is None or row["file"] in NO_REFERENCE:
+            continue
+        compared += 1
+        if expected.shape != picture.rgb.shape:
+            wrong.append(f"{row['file']}: {picture.rgb.shape}, expected {expected.shape}")
+            continue
+        alpha = picture.alpha_plane()
+        # What lies under full transparency is nobody's to see.
+        seen = np.ones(picture.rgb.shape[:2], bool) if alpha is None else alpha > 0
+        error = np.abs(picture.rgb / top - expected)[seen]
+        # Two decoders of JPEG and AVIF round their colours differently.
+        if error.size and (error.mean() > 0.5 or np.percentile(error, 99) > 4):
+            wrong.append(f"{row['file']} ({row['mode']}): mean {error.mean():.2f} max {error.max():.0f}")
+        if row["mode"] in ("RGBA", "LA", "PA") and not picture.has_alpha:
+            wrong.append(f"{row['file']}: its transparency is gone")
+    assert wrong == [], "\n".join(wrong)
+    assert compared >= 200, compared

@@ -2,7 +2,7 @@
 # ARGS goes to the command behind a target: `make test ARGS="tests/shared -k cancel"`, `make demo ARGS=--help`.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test lint bench images chaos fuzz
+.PHONY: help demo up test lint bench images chaos fuzz samples
 # Two installs into one .venv at once would spoil it.
 .NOTPARALLEL:
 
@@ -12,7 +12,7 @@ INSTALL = @if [ -z "$(PYTHON)" ]; then echo "Enlarger needs Python 3.11 or 3.12,
 	"$(PYTHON)" -I shared/install.py
 
 help: ## Say what there is (this list).
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: ## Enlarge a real photograph through the whole service, print what happened, save it under demo-output/.
 	$(INSTALL) api worker stack
@@ -35,6 +35,10 @@ lint: ## Check style (ruff), types (mypy) and who imports whom (import-linter).
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+samples: ## Make the crops that the page shows beside each model anew (commit them).
+	$(INSTALL) api worker
+	$(BIN)/python -m worker.samples
 
 fuzz: ## Hand 5,000 broken and hostile pictures to the real API and workers (MUTANTS=5000 SEED=1 to choose).
 	$(INSTALL) api worker stack test lint

@@ -16,6 +16,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from api import asked, compat, dashboard, health, openapi, problems, v1, web
 from api.context import Context, Seats
 from api.limits import RateLimits
+from api.zooms import Zooms
 from shared import settings as settings_module
 from shared import workers
 from shared.db import Database
@@ -51,11 +52,12 @@ def create_app(settings: Settings | None = None) -> Flask:
         raise ValueError("ENLARGER_SECRET_KEY is not set; any 32 random characters will do, the same on every host.")
     database = Database(settings.sqlalchemy_url)
     broker = Broker(settings)
+    # A request must not hang on frozen storage: two tries of 3 s and a pause, then an honest 503 within 10 s.
+    storage = Storage(settings, silence_seconds=min(3.0, settings.storage_timeout_seconds), tries=2)
     context = Context(
         settings=settings,
         database=database,
-        # A request must not hang on frozen storage: two tries of 3 s and a pause, then an honest 503 within 10 s.
-        storage=Storage(settings, silence_seconds=min(3.0, settings.storage_timeout_seconds), tries=2),
+        storage=storage,
         broker=broker,
         hurrier=Hurrier(broker, database),
         outgoing=GuardedClient(settings.allow_private_addresses),
@@ -63,6 +65,7 @@ def create_app(settings: Settings | None = None) -> Flask:
         limits=RateLimits(settings),
         sandbox=sandbox,
         traces=Traces(settings.traces_url, "api"),
+        zooms=Zooms(storage),
     )
     if is_own_process:
         # What it counts reaches `/metrics` through its row: the next question may come to another process.
@@ -146,6 +149,8 @@ class _Finish:
         headers["X-Request-Id"] = g.get("request_id", "")
         headers["X-Content-Type-Options"] = "nosniff"
         headers.setdefault("Referrer-Policy", "same-origin")
+        if request.endpoint == "static":
+            web.compressed(response)
         is_page = response.mimetype == "text/html"
         if request.endpoint != "static":
             strict = "default-src 'none'; frame-ancestors 'none'"

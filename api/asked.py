@@ -48,9 +48,10 @@ def job() -> tuple[JobRequest, Source]:
         asked, bodies = checked(JobRequest, _form()), _pictures()
     else:
         asked, bodies = json_body(JobRequest), []
-    if len(bodies) + (asked.image_url is not None) + (asked.upload_id is not None) != 1:
-        raise invalid(PICTURE_PART, "send exactly one of: a form's part image, image_url, upload_id")
-    return asked, Source(bodies[0] if bodies else None, asked.image_url, asked.upload_id)
+    named = [name for name in (asked.image_url, asked.upload_id, asked.input_of) if name is not None]
+    if len(bodies) + len(named) != 1:
+        raise invalid(PICTURE_PART, "send exactly one of: a form's part image, image_url, upload_id, input_of")
+    return asked, Source(bodies[0] if bodies else None, asked.image_url, asked.upload_id, asked.input_of)
 
 
 def batch(context: Context) -> tuple[JobSettings, list[Source], list[str | None]]:

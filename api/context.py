@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from api.limits import RateLimits
+from api.zooms import Zooms
 from shared.db import Database
 from shared.outbox import Broker, Hurrier
 from shared.outgoing import GuardedClient
@@ -54,6 +55,7 @@ class Context:
     sandbox: Sandbox
     """Where pictures' headers are read."""
     traces: Traces
+    zooms: Zooms
 
     def close(self) -> None:
         """Sends what still waits and gives back connections. Requests under way fail; call it when no more come."""

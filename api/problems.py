@@ -80,6 +80,9 @@ TABLE: Mapping[str, Problem] = {
         409, "The job has not finished", "Wait for it: `Prefer: wait=60`, events or a webhook."
     ),
     "job-has-no-result": Problem(409, "The job has ended without a picture", "Its `error` says why."),
+    "rendition-not-made": Problem(
+        409, "The rendition has not been made", "Its own address says whether it is still being made, or why it failed."
+    ),
     "model-unavailable": Problem(422, "There is no such model", "`GET /v1/models` lists those there are."),
     # What a job fails with; they stand in its `error` and are no answers to a request.
     "deadline-exceeded": Problem(504, "The deadline passed", "Ask for a later one, or retry when fewer jobs wait."),

@@ -104,6 +104,7 @@ class JobRequest(JobSettings):
 
     image_url: Url | None = Field(None, description="Where to fetch the picture: a public http or https address.")
     upload_id: Id | None = Field(None, description="Of `POST /v1/uploads`, once the picture has been put there.")
+    input_of: Id | None = Field(None, description="One of your own jobs: its picture is taken again.")
 
 
 class BatchItem(Asked):
@@ -173,6 +174,16 @@ class EndpointRequest(Asked):
     events: list[EventType] = Field(default_factory=lambda: [*TERMINAL_EVENTS, "batch.completed"], min_length=1)
 
 
+class RenditionRequest(Asked):
+    """In which form a job's result is wanted as well."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"kind": "webp"}]})
+
+    kind: Literal["png", "jpeg", "webp", "tiff", "avif", "zoom"] = Field(
+        description="A format, or `zoom`: a pyramid of tiles for looking at large results."
+    )
+
+
 class ListQuery(Asked):
     """Which part of a list."""
 
@@ -187,6 +198,9 @@ class JobsQuery(ListQuery):
     model: Name | None = None
     external_id: Annotated[Line, Field(max_length=255)] | None = None
     created_after: Moment | None = Field(None, description="With a time zone: `2026-01-31T12:00:00Z`.")
+    input_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = Field(
+        None, description="Jobs of one and the same picture: `input.sha256` of one of them."
+    )
 
 
 class DeliveriesQuery(ListQuery):
@@ -307,6 +321,47 @@ class JobPage(Answered):
     next_cursor: str | None
 
 
+class StripView(Answered):
+    """A strip of the preview: its picture's place, in px of the result."""
+
+    y: int
+    width: int = Field(description="May be a little more than the result's; what is beyond is empty.")
+    height: int
+    url: str
+
+
+class PreviewView(Answered):
+    """The result as far as it has come, much smaller: `strips` from the top, of the newest attempt."""
+
+    attempt: int
+    strips: list[StripView]
+
+
+class ZoomView(Answered):
+    """A pyramid in the layout of Deep Zoom: level `levels - 1` is the result itself, each below it half as large."""
+
+    width: int
+    height: int
+    tile_size: int
+    overlap: Literal[0]
+    levels: int
+    format: Literal["jpeg", "webp"]
+    tiles: str = Field(description="A tile's address, with `{level}`, `{column}` and `{row}`.")
+
+
+class RenditionView(Answered):
+    """A job's result in another form, made from the stored result."""
+
+    kind: str
+    status: Literal["pending", "made", "failed"]
+    asked_at: datetime
+    finished_at: datetime | None
+    bytes: int | None
+    url: str | None = Field(description="Where to fetch a format, once it is made.")
+    zoom: ZoomView | None = Field(None, description="Of the kind `zoom`, once it is made.")
+    error: JobError | None
+
+
 class UploadView(Answered):
     """Where to PUT a picture, and with which headers; then submit a job with `upload_id`."""
 
@@ -389,6 +444,7 @@ class EstimateView(Answered):
     history_jobs: int
     queue: str
     queue_wait_seconds: float
+    workers: int = Field(description="Worker processes that serve the queue now; with 0 a job waits until one is back.")
 
 
 class EndpointView(Answered):

@@ -22,9 +22,9 @@ from sqlalchemy.orm import Session
 from werkzeug.datastructures import FileStorage
 
 from api.context import Context
-from shared import jobs, pictures
+from shared import jobs, pictures, queries
 from shared.db import new_id
-from shared.errors import BlobMissing, BodyTooLarge, InvalidRequest, NotFound, StorageUnavailable
+from shared.errors import BlobMissing, BodyTooLarge, Gone, InvalidRequest, NotFound, StorageUnavailable
 from shared.jobs import JobInput
 from shared.models import Upload
 from shared.telemetry import log
@@ -36,11 +36,13 @@ LONGEST_NAME = 255
 
 @dataclass(frozen=True)
 class Source:
-    """Where a picture comes from: exactly one of the three is set."""
+    """Where a picture comes from: exactly one of the four is set."""
 
     body: FileStorage | None = None
     image_url: str | None = None
     upload_id: str | None = None
+    input_of: str | None = None
+    """A job of the caller's own."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def store(context: Context, owner_key_id: str, source: Source, aim: Aim, *, now:
     """Reads, checks, hashes and stores one picture under a fresh job's prefix.
 
     Raises an UploadRejected for a picture that cannot be taken, InvalidRequest for an upload nothing was put at,
-    NotFound for another key's, StorageUnavailable.
+    NotFound for another key's, Gone for a job's that has been swept, StorageUnavailable.
     """
     settings = context.settings
     with _read(context, owner_key_id, source, now=now) as (file, name):
@@ -172,6 +174,8 @@ def _read(
                 timeout_seconds=context.settings.fetch_timeout_seconds,
             )
             name = _plain_name(unquote(urlsplit(source.image_url).path))
+        elif source.input_of is not None:
+            name = _copy(context, owner_key_id, source.input_of, spooled)
         else:
             assert source.upload_id is not None
             download(context, owner_key_id, source.upload_id, spooled, limit_bytes, now=now)
@@ -206,6 +210,17 @@ def download(
             "Nothing has been put at the upload's address yet.",
             errors=[{"field": "upload_id", "message": "PUT the picture first"}],
         ) from error
+
+
+def _copy(context: Context, owner_key_id: str, job_id: str, file: IO[bytes]) -> str | None:
+    """The picture of another job, which was checked when it came; and its name."""
+    with context.database.reading() as session:
+        job = queries.owned_job(session, job_id, owner_key_id)
+    if job.swept_at is not None:
+        raise Gone("That job's picture has been swept; hand the picture in again.", swept_at=queries.iso(job.swept_at))
+    for chunk in context.storage.stream(job.input_key)[1]:
+        file.write(chunk)
+    return job.input_name
 
 
 def _plain_name(name: str | None) -> str | None:

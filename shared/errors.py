@@ -20,6 +20,7 @@
     │   ├── JobNotRetryable         job-not-retryable
     │   ├── JobNotFinished          job-not-finished
     │   ├── JobHasNoResult          job-has-no-result
+    │   ├── RenditionNotMade        rendition-not-made
     │   ├── IdempotencyMismatch     idempotency-mismatch
     │   ├── IdempotencyInProgress   idempotency-in-progress
     │   ├── QueueFull               queue-full
@@ -177,6 +178,13 @@ class JobHasNoResult(RequestRefused):
     """The job has ended without a picture (failed, canceled or expired)."""
 
     code = "job-has-no-result"
+
+
+class RenditionNotMade(RequestRefused):
+    """It is owed and has not been made yet, or could not be."""
+
+    code = "rendition-not-made"
+    retryable = True
 
 
 class IdempotencyMismatch(RequestRefused):

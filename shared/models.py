@@ -78,6 +78,8 @@ class Job(Row):
         # A customer's list and queue cap; the relay's and the rescuer's looks; the dashboard's newest of a state.
         Index("ix_jobs_owner_key_id_id", "owner_key_id", "id"),
         Index("ix_jobs_owner_key_id_state", "owner_key_id", "state"),
+        # The other jobs of the same picture: what a result is compared with.
+        Index("ix_jobs_owner_key_id_input_sha256", "owner_key_id", "input_sha256"),
         Index("ix_jobs_state_queue_id", "state", "queue", "id"),
         Index("ix_jobs_state_lease_until", "state", "lease_until"),
         Index("ix_jobs_state_finished_at", "state", "finished_at"),
@@ -196,6 +198,32 @@ class Attempt(Row):
     timings: Mapped[dict[str, float] | None] = mapped_column(JSON)
     trace: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     """When each phase began, how long each band took, how memory went: `worker.trace` writes it, in bounded size."""
+
+
+class Rendition(Row):
+    """A job's stored result in another form, made when somebody asks: another format, or a pyramid of tiles.
+
+    It has no column for its state: it is made when `key` is set, has failed when `error_code` is, and is owed while
+    neither is.
+    """
+
+    __tablename__ = "renditions"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(10), primary_key=True)
+    """A format's name, or `zoom`."""
+    asked_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    published_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    number: Mapped[int] = mapped_column(default=0)
+    """Number of the newest try: the fence, as `Job.attempt` is."""
+    tries_used: Mapped[int] = mapped_column(default=0)
+    """Tries that count; asking again after a failure starts again at 0."""
+    lease_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime, index=True)
+    key: Mapped[str | None] = mapped_column(String(200))
+    bytes: Mapped[int | None] = mapped_column(BigInteger)
+    error_code: Mapped[str | None] = mapped_column(String(40))
+    error_detail: Mapped[str | None] = mapped_column(Text)
 
 
 class Batch(Row):

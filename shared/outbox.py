@@ -24,7 +24,7 @@ from kombu.exceptions import KombuError, OperationalError
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
-from shared import deliveries, queries
+from shared import deliveries, queries, renditions
 from shared.db import Database, clock
 from shared.errors import BrokerUnavailable, DatabaseUnavailable
 from shared.models import Job
@@ -34,8 +34,9 @@ from shared.telemetry import log
 
 RUN_JOB = "enlarger.run_job"
 DELIVER_WEBHOOK = "enlarger.deliver_webhook"
+MAKE_RENDITION = "enlarger.make_rendition"
 SWEEP_BLOBS = "enlarger.sweep_blobs"
-TASKS = (RUN_JOB, DELIVER_WEBHOOK, SWEEP_BLOBS)
+TASKS = (RUN_JOB, DELIVER_WEBHOOK, MAKE_RENDITION, SWEEP_BLOBS)
 
 CHORES_QUEUE = "chores"
 
@@ -260,7 +261,8 @@ def mark_published(session: Session, job_ids: Sequence[str], generation: str, no
 
 
 def relay_due(database: Database, broker: Broker, settings: Settings, *, stopping: Callable[[], bool]) -> int:
-    """Sends the message of every queued, due job and due delivery that has none on its way. Returns how many.
+    """Sends the message of every queued, due job, due delivery and owed rendition that has none on its way. Returns
+    how many.
 
     Loses nothing and doubles harmlessly: sends first, marks after, and two relays at once only send copies. Where
     Redis was wiped (another generation key), everything queued is sent again; otherwise only what has waited longer
@@ -303,4 +305,13 @@ def relay_due(database: Database, broker: Broker, settings: Settings, *, stoppin
             with database.transaction() as session:
                 deliveries.not_sent(session, due[position:])
             raise
-    return sent + len(due)
+    with database.transaction() as session:
+        owed = renditions.due(session, resend_after_seconds=settings.resend_after_seconds, now=clock(session))
+    for position, (job_id, kind) in enumerate(owed):
+        try:
+            broker.publish_chore(MAKE_RENDITION, job_id, kind)
+        except BrokerUnavailable:
+            with database.transaction() as session:
+                renditions.not_sent(session, owed[position:])
+            raise
+    return sent + len(due) + len(owed)

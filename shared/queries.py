@@ -207,6 +207,7 @@ class JobFilter:
     external_id: str | None = None
     created_after: datetime | None = None
     id: str | None = None
+    input_sha256: str | None = None
 
     def apply(self, query: Select[Any]) -> Select[Any]:
         conditions = [
@@ -215,6 +216,7 @@ class JobFilter:
             (self.model, Job.model),
             (self.external_id, Job.external_id),
             (self.id, Job.id),
+            (self.input_sha256, Job.input_sha256),
         ]
         for value, column in conditions:
             if value is not None:

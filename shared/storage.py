@@ -1,8 +1,9 @@
 """Object storage through S3 (boto3), embedded or real. Vendor errors are translated here and nowhere else.
 
-Keys: `jobs/<id>/<128 random bits>/input`, `.../result-<attempt>.<ext>`, thumbnails beside them (`shared.thumbnails`),
-and `uploads/<id>/<128 random bits>`.
-The attempt in a result's key keeps a late worker from overwriting the winner's.
+Keys: `jobs/<id>/<128 random bits>/input`, `.../result-<attempt>.<ext>`, and `uploads/<id>/<128 random bits>`.
+The attempt in a result's key keeps a late worker from overwriting the winner's. What is made for looking lies beside
+them: thumbnails (`shared.thumbnails`), `.../preview-<attempt>/*` (`shared.previews`), `.../rendition-<n>.<ext>` and
+`.../zoom-<n>.zip` (`shared.renditions`).
 """
 
 from __future__ import annotations
@@ -139,6 +140,13 @@ class Storage:
         """Stores the same bytes once more, within storage."""
         with _translated(key):
             self._client.copy({"Bucket": self.bucket, "Key": key}, self.bucket, new_key, Config=self._transfer)
+
+    def part(self, key: str, start: int, length: int) -> bytes:
+        """At most `length` bytes of the blob from `start` on; `length` is at least 1."""
+        with _translated(key):
+            answer = self._client.get_object(Bucket=self.bucket, Key=key, Range=f"bytes={start}-{start + length - 1}")
+            body: bytes = answer["Body"].read()
+        return body
 
     def facts(self, key: str) -> BlobFacts:
         with _translated(key):

@@ -1,4 +1,4 @@
-"""The tasks of the chores queue: webhooks and sweeps. Loads no torch."""
+"""The tasks of the chores queue: webhooks, renditions and sweeps. Loads no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shared import jobs, keys, workers
 from shared.db import Database, clock, moment_of
 from shared.errors import StaleAttempt, Unavailable
 from shared.models import TERMINAL_STATES, BlobRemoval, IdempotencyRecord, Job, Upload
-from shared.outbox import CHORES_QUEUE, DELIVER_WEBHOOK, SWEEP_BLOBS
+from shared.outbox import CHORES_QUEUE, DELIVER_WEBHOOK, MAKE_RENDITION, SWEEP_BLOBS
 from shared.outgoing import GuardedClient
 from shared.settings import Settings
 from shared.storage import Storage
@@ -73,6 +73,21 @@ def deliver_webhook(self: Any, delivery_id: str) -> None:
         log.info("webhook.stale", delivery_id=delivery_id, detail=error.detail)
     except Unavailable as error:
         log.warning("webhook.not_recorded", delivery_id=delivery_id, code=error.code, detail=error.detail)
+
+
+@shared_task(name=MAKE_RENDITION, bind=True)
+def make_rendition(self: Any, job_id: str, kind: str) -> None:
+    """One try at a stored result in another form; nothing where it is not owed."""
+    # Here and not above: libvips starts threads when it is loaded, and they do not survive the fork of this process.
+    from worker import renditions
+
+    chores = self.app.loader.chores
+    try:
+        renditions.make(chores.database, chores.storage, job_id, kind)
+    except StaleAttempt as error:
+        log.info("rendition.stale", job_id=job_id, kind=kind, detail=error.detail)
+    except Unavailable as error:
+        log.warning("rendition.not_recorded", job_id=job_id, kind=kind, code=error.code, detail=error.detail)
 
 
 @shared_task(name=SWEEP_BLOBS, bind=True)

@@ -14,6 +14,8 @@ import re
 import struct
 import threading
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -984,3 +986,68 @@ def _gray_profile() -> bytes:
     )
     header = header[:68] + fixed(0.9642, 1.0, 0.8249)
     return header.ljust(128, b"\0") + table + data
+
+
+# --- Results in another form ----------------------------------------------------------------------------------------
+
+
+def convert(source: Path, target: Path, format: str, *, quality: int, lossless: bool, background: str) -> int:
+    """A picture that this module has written, in another format. Returns the size of `target` in bytes.
+
+    What the format cannot hold goes the way it does in a job: transparency is laid on `background`, 16 bits become 8,
+    gray becomes three equal channels. Metadata and profile come along. Raises InternalError where libvips fails.
+    """
+    holds = format_named(format)
+    with _libvips_failures(format):
+        image = _opened(source)
+        if image.hasalpha() and not holds.holds_alpha:
+            top = 65535 if image.format == "ushort" else 255
+            image = image.flatten(background=[level * top / 255 for level in _color(background)])
+        is_gray = image.interpretation in ("b-w", "grey16")
+        if (is_gray and not holds.holds_gray) or (image.format == "ushort" and not holds.holds_16_bit):
+            is_gray = is_gray and holds.holds_gray
+            image = image.colourspace("b-w" if is_gray else "srgb")
+        profile = _gray_profile() if is_gray else _srgb_profile()
+        image = image.copy()
+        image.set_type(pyvips.GValue.blob_type, "icc-profile-data", profile)
+        raw_bytes = image.width * image.height * image.bands * (2 if image.format == "ushort" else 1)
+        operation, arguments = _save_options(format, quality, lossless, raw_bytes)
+        out = pyvips.Target.new_to_file(str(target))
+        pyvips.Operation.call(operation, image, out, keep="exif:icc:xmp", **arguments)
+    return target.stat().st_size
+
+
+def write_pyramid(source: Path, target: Path, *, tile_px: int) -> int:
+    """The picture as a pyramid of tiles in one zip file, stored and not deflated, so that a tile is a range of it.
+
+    Deep Zoom's layout: `zoom_files/<level>/<column>_<row>.<jpeg or webp>`, tiles of `tile_px` without overlap, the last
+    level at full size. JPEG, or WebP where there is transparency. libvips reads the picture once, from the top, and
+    holds some rows of tiles. Returns the size of `target` in bytes. Raises InternalError where libvips fails.
+    """
+    with _libvips_failures("zoom"):
+        image = _opened(source)
+        if image.format == "ushort":
+            image = image.colourspace("b-w" if image.interpretation == "grey16" else "srgb")
+        image.dzsave(
+            str(target),
+            container="zip",
+            suffix=".webp[Q=85,effort=0]" if image.hasalpha() else ".jpeg[Q=85]",
+            tile_size=tile_px,
+            overlap=0,
+            # Profiles are sRGB's, which is what goes without saying.
+            keep="none",
+        )
+    return target.stat().st_size
+
+
+def _opened(source: Path) -> pyvips.Image:
+    """From the top, each row once; a file cut short fails instead of ending in gray."""
+    return pyvips.Image.new_from_file(str(source), access="sequential", fail_on="truncated")
+
+
+@contextmanager
+def _libvips_failures(form: str) -> Iterator[None]:
+    try:
+        yield
+    except (pyvips.Error, OSError) as error:
+        raise InternalError(f"The result could not be made into {form}.", form=form) from error

@@ -185,7 +185,7 @@ class Engine:
         target: Path,
         wanted: Wanted,
         watch: Watch | None = None,
-        onlooker: Onlooker | None = None,
+        *onlookers: Onlooker,
     ) -> Enlarged:
         """Enlarges the picture in `source`, a seekable binary file, into `target`. Where it raises, there is no target.
 
@@ -209,9 +209,10 @@ class Engine:
             picture = self._decoder.decode(source, facts)
             format = format_named(wanted.format)
             picture, warnings = _laid_on_background(picture, wanted, format)
-        if onlooker is not None:
+        if onlookers:
             with clock.time("preview"):
-                onlooker.begins(picture.rgb, width, height)
+                for onlooker in onlookers:
+                    onlooker.begins(picture.rgb, width, height)
         with clock.time("load"):
             network = self.network(wanted.model)
         with clock.time("plan"):
@@ -229,9 +230,10 @@ class Engine:
             for samples in _Enlarging(network, picture, work, wanted, format, watch, clock).rows():
                 with clock.time("encode"):
                     encoder.write(samples)
-                if onlooker is not None:
+                if onlookers:
                     with clock.time("preview"):
-                        onlooker.made(samples)
+                        for onlooker in onlookers:
+                            onlooker.made(samples)
             labels = None
             if wanted.classify:
                 watch.begins("classify")

@@ -51,6 +51,7 @@ from shared.workers import Presence
 from worker import upscale
 from worker.decoding import Sandboxed
 from worker.enlarging import Engine, Progress, Wanted
+from worker.previews import Previews
 from worker.thumbnails import Thumbnails
 from worker.trace import Trace
 from worker.usage import Usage
@@ -469,6 +470,7 @@ class Executor:
             scratch_folder() as folder,
             tempfile.TemporaryFile(dir=folder) as source,
             Thumbnails(self._storage, job.blob_prefix, claim.attempt) as thumbnails,
+            Previews(self._storage, job.blob_prefix, claim.attempt) as previews,
         ):
             started = time.monotonic()
             lifeline.begins("fetch", expected_seconds=job.input_bytes / STORE_BYTES_PER_SECOND)
@@ -476,7 +478,7 @@ class Executor:
             fetched = time.monotonic()
             target = folder / f"result{format.extension}"
             made = self._engines[device].enlarge_file(
-                cast(BinaryIO, source), target, wanted_of(job), lifeline, thumbnails
+                cast(BinaryIO, source), target, wanted_of(job), lifeline, thumbnails, previews
             )
 
             storing = time.monotonic()

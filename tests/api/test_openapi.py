@@ -95,7 +95,7 @@ def test_every_example_is_valid() -> None:
 def test_a_form_offers_the_same_options_as_json() -> None:
     content = openapi.document(v1.HANDLERS)["paths"]["/v1/jobs"]["post"]["requestBody"]["content"]
     form = content["multipart/form-data"]["schema"]["properties"]
-    assert set(form) == {"image"} | set(schemas.JobRequest.model_fields) - {"image_url", "upload_id"}
+    assert set(form) == {"image"} | set(schemas.JobRequest.model_fields) - {"image_url", "upload_id", "input_of"}
     assert form["scale"]["type"] == "integer"
 
 

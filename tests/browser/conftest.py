@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+import axe_playwright_python
+import numpy as np
 import pytest
 from flask import Flask
 from PIL import Image
@@ -26,7 +28,7 @@ from sqlalchemy import select
 from werkzeug.serving import ThreadedWSGIServer
 
 from api.app import create_app
-from shared import jobs, keys, workers
+from shared import jobs, keys, renditions, workers
 from shared.db import Database, clock
 from shared.errors import EnlargerError
 from shared.jobs import Claim, JobResult
@@ -35,6 +37,8 @@ from shared.settings import Settings
 from shared.storage import Storage
 from shared.workers import WorkerFacts
 from tests.factories import a_png, options, picture
+from worker.previews import Previews
+from worker.renditions import make
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -51,6 +55,13 @@ CHROMIUM_OPTIONS = (
     "--disable-sync",
 )
 WAIT_MS = 15_000
+LABELS = (
+    {"label": "goldfinch", "index": 11, "probability": 0.93},
+    {"label": "house finch", "index": 12, "probability": 0.04},
+)
+# Looked at by people after a run; git knows nothing of them.
+SHOTS = Path(__file__).resolve().parents[2] / "artefacts"
+AXE = Path(axe_playwright_python.__file__).with_name("axe.min.js")
 
 
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
@@ -208,14 +219,31 @@ class Site:
                 now=clock(session),
             )
 
+    def make_bands(self, claim: Claim, done: int, total: int) -> None:
+        """Previews of the first `done` of `total` bands, as the worker makes them, and the progress they are."""
+        job = self.job(claim.job_id)
+        rows = np.asarray(self._enlarged(job))
+        height = len(rows)
+        with Previews(self.storage, job.blob_prefix, claim.attempt) as previews:
+            previews.begins(rows[:: job.scale, :: job.scale], rows.shape[1], height)
+            for number in range(done):
+                previews.made(rows[number * height // total : (number + 1) * height // total])
+        self.progress(claim, done, total)
+
+    def make_renditions(self) -> None:
+        """The chores worker's part: everything that is owed."""
+        with self.database.transaction() as session:
+            owed = renditions.due(session, resend_after_seconds=60, now=clock(session))
+        for job_id, kind in owed:
+            make(self.database, self.storage, job_id, kind)
+
     def succeed(self, claim: Claim, *, at: datetime | None = None) -> bytes:
         """Enlarges the input, plainly, and ends the job with it, now or `at`. Returns the result's bytes."""
         job = self.job(claim.job_id)
-        handed_in, file = io.BytesIO(), io.BytesIO()
-        self.storage.get(job.input_key, handed_in)
-        with Image.open(handed_in) as image:
-            size = (image.width * job.scale, image.height * job.scale)
-            image.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(file, "PNG")
+        file = io.BytesIO()
+        enlarged = self._enlarged(job)
+        size = enlarged.size
+        enlarged.save(file, "PNG", compress_level=1)
         result = file.getvalue()
         key = f"{job.blob_prefix}/result-{claim.attempt}.png"
         self.storage.put(key, io.BytesIO(result), "image/png")
@@ -225,12 +253,19 @@ class Site:
             "height": size[1],
             "bytes": len(result),
             "sha256": hashlib.sha256(result).hexdigest(),
-            "labels": [{"label": "goldfinch", "index": 11, "probability": 0.93}] if job.classify else None,
+            "labels": list(LABELS) if job.classify else None,
             "timings": {"queued_seconds": 0.1, "upscale_seconds": 2.5, "store_seconds": 0.05},
         }
         with self.database.transaction() as session:
             jobs.succeed(session, claim, JobResult(**facts), now=at or clock(session))
         return result
+
+    def _enlarged(self, job: Job) -> Image.Image:
+        handed_in = io.BytesIO()
+        self.storage.get(job.input_key, handed_in)
+        with Image.open(handed_in) as image:
+            size = (image.width * job.scale, image.height * job.scale)
+            return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
     def fail(self, claim: Claim, error: EnlargerError) -> None:
         with self.database.transaction() as session:
@@ -265,6 +300,20 @@ class Watched:
         self.page.on("pageerror", lambda error: self._complain(f"exception: {error}"))
         self.page.on("requestfailed", self._failed)
         self.page.on("response", self._answered)
+
+    def look(self, name: str, **options: Any) -> None:
+        """Keeps a picture of the page as it stands, and lets axe-core look for what keeps people from using it."""
+        SHOTS.mkdir(exist_ok=True)
+        self.page.screenshot(path=SHOTS / f"{name}.png", **options)
+        self.page.evaluate(AXE.read_text(encoding="utf-8"))
+        found = self.page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
+        told = [
+            f"{each['id']}: {each['help']}: {node['html']}"
+            for each in found
+            if each["impact"] in ("serious", "critical")
+            for node in each["nodes"]
+        ]
+        assert told == [], name
 
     def unexpected(self) -> list[str]:
         return [told for told in self.complaints if not any(re.search(wanted, told) for wanted in self.expected)]

@@ -309,3 +309,47 @@ def test_duplicate_and_stray_messages_change_nothing(
             session, job["id"], worker_id="x", device="cpu", lease_seconds=1, now=clock(session)
         ) is None  # fmt: skip
         assert session.get_one(Job, job["id"]).tries_used == 1
+
+
+def test_a_result_is_seen_as_it_comes_and_had_in_another_form(service: Service) -> None:
+    small = photograph(72, 72)
+    job = service.submit(small, model="srgan", scale=4, format="png")
+
+    # Tiles of 24 px make three bands: what is finished of them is there before the result is.
+    def strips() -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = service.http.get(f"/v1/jobs/{job['id']}/preview").json()["strips"]
+        return found
+
+    job = service.wait(job["id"])
+    assert job["status"] == "succeeded", job["error"]
+    seen = wait_until(strips, seconds=30, what="the strips of the preview")
+    assert seen[0]["y"] == 0
+    assert sum(strip["height"] for strip in seen) == 288
+    result = pixels(service.result(job["id"]))
+    for strip in seen:
+        shown = pixels(service.http.get(strip["url"]).content)
+        error = np.abs(shown - result[strip["y"] : strip["y"] + strip["height"]])
+        assert error.mean() < 6, f"mean {error.mean():.1f}, max {error.max():.0f}"
+    assert pixels(service.http.get(f"/v1/jobs/{job['id']}/thumbnail").content).shape == (72, 72, 3)
+
+    # Another format, and a pyramid: by the relay and the chores worker.
+    for kind in ("webp", "zoom"):
+        assert service.http.post(f"/v1/jobs/{job['id']}/renditions", json={"kind": kind}).status_code == 202
+    path = f"/v1/jobs/{job['id']}/renditions"
+
+    def made(kind: str) -> dict[str, Any] | None:
+        view: dict[str, Any] = service.http.get(f"{path}/{kind}").json()
+        assert view["status"] != "failed", view["error"]
+        return view if view["status"] == "made" else None
+
+    webp = wait_until(lambda: made("webp"), seconds=60, what="the WebP")
+    fetched = service.http.get(webp["url"], follow_redirects=True).content
+    assert len(fetched) == webp["bytes"]
+    assert np.abs(pixels(fetched) - result).mean() < 6
+    zoom = wait_until(lambda: made("zoom"), seconds=60, what="the pyramid")["zoom"]
+    tile = service.http.get(zoom["tiles"].format(level=zoom["levels"] - 1, column=0, row=0))
+    assert np.abs(pixels(tile.content) - result).mean() < 6
+
+    # All of it goes with the job.
+    assert service.http.delete(f"/v1/jobs/{job['id']}").status_code == 204
+    assert service.http.get(webp["url"]).status_code == 404

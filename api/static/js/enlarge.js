@@ -6,6 +6,7 @@ import { follow } from "./follow.js";
 import { JobView } from "./job.js";
 import { Mine } from "./mine.js";
 import { Tray } from "./tray.js";
+import { estimate, finished } from "./words.js";
 
 const part = (id) => document.getElementById(id);
 const limits = part("bench").dataset;
@@ -27,7 +28,7 @@ const tray = new Tray(
   part("tray-item"),
   { uploadBytes: Number(limits.maxUploadBytes), inputPx: Number(limits.maxInputPx), outputPx: Number(limits.maxOutputPx) },
   wanted,
-  drawButton,
+  () => { drawButton(); estimateSoon(); },
 );
 let handingIn = false;
 
@@ -45,7 +46,41 @@ part("choose").addEventListener("change", () => {
   // Emptied, so that the same file can be chosen again after it was removed.
   part("choose").value = "";
 });
-form.addEventListener("change", (event) => { if (event.target.matches("select")) tray.redescribe(); });
+form.addEventListener("change", (event) => {
+  if (event.target.matches("select")) tray.redescribe();
+  else if (event.target.name === "model") estimateSoon();
+});
+
+// --- how long it will take ---
+
+// So many pictures are asked about; more of them are taken to be like these.
+const MOST_ASKED = 8;
+let estimating = 0;
+
+function estimateSoon() {
+  clearTimeout(estimating);
+  estimating = setTimeout(drawEstimate, 250);
+}
+
+async function drawEstimate() {
+  const known = tray.ready.filter((picture) => picture.width > 0);
+  const line = part("estimate");
+  line.hidden = known.length === 0;
+  if (known.length === 0) return;
+  const mine = estimating;
+  const settings = { model: form.elements.model.value, scale: Number(part("scale").value), format: part("format").value };
+  try {
+    const told = await Promise.all(known.slice(0, MOST_ASKED).map(({ width, height }) => call("POST", "/v1/estimates", {
+      body: JSON.stringify({ width, height, ...settings }),
+      headers: { "Content-Type": "application/json" },
+    })));
+    if (mine !== estimating) return;
+    while (told.length < known.length) told.push(told[told.length % MOST_ASKED]);
+    line.textContent = estimate(told);
+  } catch {
+    line.hidden = true;
+  }
+}
 
 const drop = part("drop");
 const carriesFiles = (event) => event.dataTransfer?.types.includes("Files");
@@ -90,23 +125,49 @@ form.addEventListener("submit", async (event) => {
 });
 
 function handIn(picture) {
-  const body = new FormData();
-  body.append("image", picture.file, picture.file.name || "pasted.png");
-  body.append("model", form.elements.model.value);
-  body.append("scale", part("scale").value);
-  body.append("format", part("format").value);
-  body.append("classify", String(part("classify").checked));
+  const settings = {
+    model: form.elements.model.value,
+    scale: Number(part("scale").value),
+    format: part("format").value,
+    classify: part("classify").checked,
+  };
   // Kept with the picture: pressing the button again after a lost answer does not make a second job. Other settings
   // are another request, and get another key.
-  const asked = [...body].slice(1).join();
+  const asked = JSON.stringify(settings);
   if (picture.asked !== asked) Object.assign(picture, { asked, key: idempotencyKey() });
-  return call("POST", "/v1/jobs", { body, headers: { "Idempotency-Key": picture.key } });
+  const headers = { "Idempotency-Key": picture.key };
+  if (picture.job) {
+    const body = JSON.stringify({ ...settings, input_of: picture.job.id });
+    return call("POST", "/v1/jobs", { body, headers: { ...headers, "Content-Type": "application/json" } });
+  }
+  const body = new FormData();
+  body.append("image", picture.file, picture.file.name || "pasted.png");
+  for (const [name, value] of Object.entries(settings)) body.append(name, String(value));
+  return call("POST", "/v1/jobs", { body, headers });
+}
+
+/** Brings a picture of before back to the form, with the settings it had, to change what is to be other. */
+function again(job) {
+  tray.addAgain(job);
+  for (const choice of form.elements.model) choice.checked = choice.value === job.model;
+  part("scale").value = job.scale;
+  part("classify").checked = job.classify;
+  tray.redescribe();
+  part("order-title").scrollIntoView({ block: "start" });
+  [...form.elements.model].find((choice) => choice.checked)?.focus({ preventScroll: true });
 }
 
 // --- the open job ---
 
 const view = new JobView();
-const mine = new Mine({ list: part("mine"), template: part("mine-item"), none: part("none"), more: part("more") });
+const mine = new Mine({
+  list: part("mine"),
+  template: part("mine-item"),
+  none: part("none"),
+  more: part("more"),
+  onAgain: again,
+  onEnd: end,
+});
 let openId = "";
 let stopFollowing = () => {};
 
@@ -160,8 +221,7 @@ function report(refused) {
   note.scrollIntoView({ block: "nearest" });
 }
 
-async function act(method, path) {
-  const id = openId;
+async function act(method, path, id = openId) {
   part("problem").hidden = true;
   try {
     return await call(method, `/v1/jobs/${id}${path}`);
@@ -185,13 +245,27 @@ part("retry").addEventListener("click", async () => {
   part("job-name").focus();
 });
 part("delete").addEventListener("click", async () => {
-  const id = openId;
-  if (!confirm("Delete this job and its pictures? This cannot be undone.")) return;
-  if (await act("DELETE", "") === undefined) return;
-  mine.forget(id);
-  close();
-  part("mine-title").scrollIntoView({ block: "nearest" });
+  if (await remove(openId)) part("mine-title").scrollIntoView({ block: "nearest" });
 });
+part("again").addEventListener("click", () => again(view.job));
+
+/** From the list: cancels what is under way, deletes what has ended. */
+async function end(job) {
+  if (finished(job)) {
+    await remove(job.id);
+    return;
+  }
+  const told = await act("POST", "/cancel", job.id);
+  if (told) mine.tell(told);
+}
+
+async function remove(id) {
+  if (!confirm("Delete this job and its pictures? This cannot be undone.")) return false;
+  if (await act("DELETE", "", id) === undefined) return false;
+  mine.forget(id);
+  if (id === openId) close();
+  return true;
+}
 
 window.addEventListener("hashchange", openFromAddress);
 openFromAddress();

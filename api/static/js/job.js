@@ -1,40 +1,47 @@
-// The open job: what it is doing, then before and after, what it shows, what it took, and what can be done with it.
+// The open job: what it is doing, the result as it comes, before and after, what it shows, what it took, and what can be
+// done with it.
 
 import { Compare } from "./compare.js";
-import { advice, bytes, finished, kept, megapixels, percent, seconds, size, status, step, times } from "./words.js";
-
-// Browsers decode a picture whole: beyond this it is shown only when asked for.
-const LARGEST_SHOWN_PX = 50_000_000;
+import { download, Preview, pictureOf } from "./pictures.js";
+import { call } from "./calls.js";
+import { advice, bytes, figures, finished, kept, megapixels, percent, seconds, size, status, step, times, verdict } from "./words.js";
 
 const part = (id) => document.getElementById(id);
 
 export class JobView {
+  #job = null;
   #shown = "";
   #said = "";
+  #preview = null;
+  /** Other results of the same picture, by job id. */
+  #siblings = new Map();
 
   constructor() {
-    this.compare = new Compare(part("compare"), part("split"));
-    for (const id of ["fit", "real"]) {
-      part(id).addEventListener("click", () => {
-        this.compare.real = id === "real";
-        part("fit").setAttribute("aria-pressed", String(id === "fit"));
-        part("real").setAttribute("aria-pressed", String(id === "real"));
-      });
+    this.compare = new Compare(part("compare"));
+    for (const side of ["left", "right"]) {
+      part(`${side}-side`).addEventListener("change", () => this.#choose(side, part(`${side}-side`).value));
     }
+    part("download-as").addEventListener("change", () => { part("download-told").hidden = true; });
+    part("download").addEventListener("click", (event) => this.#download(event));
   }
 
   hide() {
     this.#shown = "";
+    this.#job = null;
     part("job").hidden = true;
     part("empty").hidden = false;
   }
 
   /** Draws the job as it stands; called with every change, so nothing is redone that has not changed. */
   draw(job) {
+    this.#job = job;
     part("empty").hidden = true;
     part("job").hidden = false;
     part("job-name").textContent = job.input.name ?? job.id;
     part("job-line").textContent = [job.model, `${job.scale} ×`, job.result?.format.toUpperCase(), job.id].filter(Boolean).join(" · ");
+    const reason = job.routing?.reason ?? "";
+    part("job-why").hidden = !reason.startsWith("auto");
+    part("job-why").textContent = reason;
     part("job-status").dataset.status = job.status;
     part("job-status").textContent = status(job);
     this.#drawProgress(job);
@@ -42,11 +49,16 @@ export class JobView {
     this.#drawPictures(job);
     this.#drawFacts(job);
     const done = job.status === "succeeded";
-    part("download").hidden = !done || !kept(job);
+    part("download").hidden = part("download-as-part").hidden = !done || !kept(job);
     if (done) part("download").href = job.result.url;
+    part("again").hidden = !finished(job) || !kept(job);
     part("cancel").hidden = finished(job) || Boolean(job.cancel_requested_at);
     part("retry").hidden = !["failed", "canceled", "expired"].includes(job.status) || !kept(job);
     part("delete").hidden = !finished(job);
+  }
+
+  get job() {
+    return this.#job;
   }
 
   set connected(alive) {
@@ -79,34 +91,154 @@ export class JobView {
     warnings.textContent = job.warnings?.join(" ") ?? "";
   }
 
+  // --- pictures ---
+
   #drawPictures(job) {
-    const key = `${job.id} ${job.status === "succeeded" ? job.result.sha256 : ""}`;
+    if (job.id !== this.#shown.split(" ")[0]) this.#begin(job);
+    if (job.status === "running" && kept(job)) this.#preview?.refresh(job);
+    const key = `${job.id} ${job.status === "succeeded" ? "done" : ""}${kept(job) ? "" : "swept"}`;
     if (key === this.#shown) return;
     this.#shown = key;
-    const before = `/v1/jobs/${job.id}/input`;
-    const { input, result } = job;
-    part("tools").hidden = true;
     if (!kept(job)) {
-      this.compare.wait(null, input.width * job.scale, input.height * job.scale);
       this.compare.say("The pictures are not kept any more. Hand the picture in again to enlarge it anew.");
+      part("tools").hidden = true;
+    } else if (job.status === "succeeded") {
+      this.#finish(job);
+    }
+  }
+
+  #begin(job) {
+    const { input } = job;
+    this.#siblings = new Map();
+    part("tools").hidden = true;
+    part("beside").hidden = part("report").hidden = part("download-told").hidden = true;
+    this.compare.tell("");
+    this.#preview = new Preview(this.compare, job.id);
+    this.opened = this.compare.open(input.width * job.scale, input.height * job.scale).then(async () => {
+      if (!kept(job) || this.#job?.id !== job.id) return;
+      const before = pictureOf(job, "before");
+      const isShown = before !== null && await this.compare.show("left", before, { side: "left" });
+      if (!isShown && this.#job?.id === job.id && !finished(this.#job)) {
+        this.compare.tell(`Browsers cannot show ${input.format.toUpperCase()}; the result appears here as it is made.`);
+      }
+    });
+  }
+
+  async #finish(job) {
+    const isStill = () => this.#job?.id === job.id;
+    part("download-as").replaceChildren(...[...part("format").options].filter((option) => option.value !== "auto").map((option) => {
+      const isMade = option.value === job.result.format;
+      const choice = new Option(isMade ? `${option.textContent}, ${bytes(job.result.bytes)}` : option.textContent, option.value, isMade, isMade);
+      choice.disabled = Math.max(job.result.width, job.result.height) > Number(option.dataset.largestSidePx);
+      return choice;
+    }));
+    await this.opened;
+    if (!isStill()) return;
+    await this.#preview.refresh(job);
+    if (!isStill()) return;
+    this.#preview.place("right");
+    if (this.#preview.isThere) this.#divide();
+    const isShown = await this.#show("right", job);
+    if (!isStill()) return;
+    if (isShown) {
+      this.#divide();
+      this.compare.whenSeen("right", () => { if (isStill()) this.#preview.clear(); });
+    }
+    this.#drawReport(job);
+    this.#findSiblings(job);
+  }
+
+  #divide(left = "Before", right = "After") {
+    this.compare.divide(left, right);
+    part("tools").hidden = false;
+  }
+
+  /** Shows a job's result, or what it was made from, on one side. Says whether it could be shown. */
+  async #show(side, job, what = "result") {
+    const open = this.#job.id;
+    const isStill = () => this.#job?.id === open;
+    try {
+      let source = pictureOf(job, what);
+      if (source === null && what === "result") {
+        const why = `The result has ${megapixels(job.result.width, job.result.height)}: you look at it part by part, and the whole is never loaded.`;
+        source = await pictureOf.tiles(job, (waits) => { if (isStill()) this.compare.tell(waits ? `${why} The parts are being prepared; this happens once.` : why); }, isStill);
+      }
+      if (source === null || !isStill()) return false;
+      const isShown = await this.compare.show(side, source, { side });
+      if (!isShown && isStill()) this.compare.tell("This picture could not be shown here. Download it instead.");
+      return isShown;
+    } catch (refused) {
+      if (isStill()) this.compare.tell(`${refused.message} ${refused.advice ?? ""}`);
+      return false;
+    }
+  }
+
+  /** The other models beside it: results of the same picture that are there already. */
+  async #findSiblings(job) {
+    let page;
+    try {
+      page = await call("GET", `/v1/jobs?status=succeeded&limit=50&input_sha256=${job.input.sha256}`);
+    } catch {
       return;
     }
-    if (result === null) {
-      this.compare.wait(before, input.width * job.scale, input.height * job.scale);
+    if (this.#job?.id !== job.id) return;
+    const others = page.data.filter((other) => other.id !== job.id && kept(other));
+    this.#siblings = new Map([job, ...others].map((other) => [other.id, other]));
+    part("beside").hidden = others.length === 0;
+    const options = () => [new Option("Before", "before"), ...[...this.#siblings.values()].map((other) => new Option(named(other), other.id))];
+    for (const side of ["left", "right"]) part(`${side}-side`).replaceChildren(...options());
+    part("left-side").value = "before";
+    part("right-side").value = job.id;
+  }
+
+  async #choose(side, value) {
+    this.compare.tell("");
+    if (value === "before") await this.#show(side, this.#job, "before");
+    else await this.#show(side, this.#siblings.get(value));
+    const tags = ["left", "right"].map((each) => {
+      const chosen = part(`${each}-side`).value;
+      return chosen === "before" ? "Before" : this.#siblings.size > 1 ? named(this.#siblings.get(chosen)) : "After";
+    });
+    this.#divide(...tags);
+  }
+
+  async #download(event) {
+    const format = part("download-as").value;
+    const job = this.#job;
+    if (format === job.result.format) return;
+    event.preventDefault();
+    const note = part("download-told");
+    note.hidden = false;
+    note.className = "note";
+    note.textContent = `Making a ${format.toUpperCase()} of the result…`;
+    try {
+      const { url, bytes: count } = await download(job, format, () => this.#job?.id === job.id);
+      note.textContent = `${format.toUpperCase()}, ${bytes(count)}. `;
+      // Beside the download that begins, for browsers that block it.
+      note.append(Object.assign(document.createElement("a"), { href: url, textContent: "Download it again" }));
+      location.assign(url);
+    } catch (refused) {
+      note.className = "note bad";
+      note.textContent = `${refused.message} ${refused.advice ?? ""}`;
+    }
+  }
+
+  async #drawReport(job) {
+    if (!("reports" in part("bench").dataset)) return;
+    let report;
+    try {
+      report = await call("GET", `/v1/jobs/${job.id}/report`);
+    } catch {
       return;
     }
-    const show = () => {
-      this.compare.show(before, result.url, result.width, result.height);
-      this.compare.before.alt = `Before: ${input.name ?? "the picture"}, plainly enlarged by the browser`;
-      this.compare.after.alt = `After: enlarged by ${job.model}`;
-      part("tools").hidden = false;
-    };
-    if (result.width * result.height > LARGEST_SHOWN_PX) {
-      this.compare.wait(null, result.width, result.height);
-      this.compare.say(`The result has ${megapixels(result.width, result.height)}: much for a browser. Download it, or`, show);
-    } else {
-      show();
-    }
+    const rows = figures(report ?? {});
+    if (this.#job?.id !== job.id || rows.length === 0) return;
+    part("report-verdict").textContent = verdict(report);
+    part("report-figures").replaceChildren(...rows.flatMap(([name, figure]) => [
+      Object.assign(document.createElement("dt"), { textContent: name }),
+      Object.assign(document.createElement("dd"), { textContent: figure }),
+    ]));
+    part("report").hidden = false;
   }
 
   #drawFacts(job) {
@@ -132,6 +264,10 @@ export class JobView {
     const longest = Math.max(...took.map(([, count]) => count));
     part("times").replaceChildren(...took.map(([name, count]) => bar(name, seconds(count), count / longest)));
   }
+}
+
+function named(job) {
+  return `${job.model}, ${job.scale} ×`;
 }
 
 function bar(name, figure, share) {

@@ -20,11 +20,13 @@ export class Mine {
   #timer = 0;
   #open = "";
 
-  constructor({ list, template, none, more }) {
+  constructor({ list, template, none, more, onAgain, onEnd }) {
     this.list = list;
     this.template = template;
     this.none = none;
     this.more = more;
+    this.onAgain = onAgain;
+    this.onEnd = onEnd;
     more.addEventListener("click", () => this.#showOlder());
     document.addEventListener("visibilitychange", () => { if (!document.hidden) this.refresh(); });
   }
@@ -95,17 +97,18 @@ export class Mine {
     if (item === undefined) {
       item = this.template.content.firstElementChild.cloneNode(true);
       this.#items.set(job.id, item);
-      const image = item.querySelector("img");
-      image.onerror = () => {
-        image.hidden = true;
-        const kind = item.querySelector(".thumb span");
-        kind.textContent = job.input.format;
-        kind.hidden = false;
-      };
-      if (kept(job)) image.src = `/v1/jobs/${job.id}/input`;
-      else image.onerror();
+      const id = job.id;
+      item.querySelector("[data-part=again]").addEventListener("click", () => this.onAgain(this.#jobs.get(id)));
+      item.querySelector("[data-part=end]").addEventListener("click", () => this.onEnd(this.#jobs.get(id)));
     }
+    this.#fillThumb(item, job);
     const { width, height, name } = job.input;
+    const [again, end] = item.querySelectorAll("button");
+    again.hidden = !finished(job) || !kept(job);
+    again.setAttribute("aria-label", `${name ?? job.id} again with other settings`);
+    end.hidden = !finished(job) && Boolean(job.cancel_requested_at);
+    end.textContent = finished(job) ? "Delete" : "Cancel";
+    end.setAttribute("aria-label", `${end.textContent} ${name ?? job.id}`);
     const link = item.querySelector("a");
     link.href = `#${job.id}`;
     link.textContent = link.title = name ?? job.id;
@@ -119,6 +122,21 @@ export class Mine {
     const when = item.querySelector("[data-part=when]");
     when.textContent = finished(job) ? ago(job.finished_at) : place(job);
     this.#mark(job.id, item);
+  }
+
+  #fillThumb(item, job) {
+    const image = item.querySelector("img");
+    const kind = item.querySelector(".thumb span");
+    // A worker makes it when it has read the picture.
+    const source = kept(job) && job.progress.bands_total > 0 && (finished(job) || job.progress.bands_done > 0) ? `/v1/jobs/${job.id}/thumbnail` : "";
+    if (image.dataset.source === source) return;
+    image.dataset.source = source;
+    const show = (isShown) => { image.hidden = !isShown; kind.hidden = isShown; };
+    kind.textContent = job.input.format;
+    show(false);
+    image.onload = () => show(true);
+    image.onerror = () => show(false);
+    if (source) image.src = source;
   }
 
   #mark(id, item) {

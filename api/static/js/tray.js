@@ -3,7 +3,7 @@
 import { bytes, megapixels, size } from "./words.js";
 
 export class Tray {
-  /** @type {{file: File, url: string, width: number, height: number, refusal: string, item: HTMLElement}[]} */
+  /** @type {{file?: File, job?: object, url: string, width: number, height: number, refusal: string, item: HTMLElement}[]} */
   pictures = [];
 
   /** `wanted()` gives {scale, largestSidePx, formatName}; `onChange()` is called when a picture comes or goes. */
@@ -17,18 +17,8 @@ export class Tray {
 
   add(files) {
     for (const file of files) {
-      const item = this.template.content.firstElementChild.cloneNode(true);
-      const picture = { file, url: URL.createObjectURL(file), width: 0, height: 0, refusal: "", item };
-      item.querySelector(".name").textContent = file.name || "Pasted picture";
-      item.querySelector(".name").title = file.name;
-      const button = item.querySelector("button");
-      button.setAttribute("aria-label", `Remove ${file.name || "pasted picture"}`);
-      button.addEventListener("click", () => {
-        const next = item.nextElementSibling ?? item.previousElementSibling;
-        this.remove(picture);
-        (next?.querySelector("button") ?? document.getElementById("choose")).focus();
-      });
-      const image = item.querySelector("img");
+      const picture = this.#lay({ file, name: file.name || "Pasted picture", url: URL.createObjectURL(file), width: 0, height: 0 });
+      const image = picture.item.querySelector("img");
       image.onload = () => {
         picture.width = image.naturalWidth;
         picture.height = image.naturalHeight;
@@ -38,14 +28,42 @@ export class Tray {
       };
       image.onerror = () => {
         // The service reads more formats than browsers do (TIFF): it has the last word.
-        item.querySelector(".thumb span").textContent = (file.name.split(".").pop() || "?").slice(0, 5);
+        picture.item.querySelector(".thumb span").textContent = (file.name.split(".").pop() || "?").slice(0, 5);
       };
       image.src = picture.url;
-      this.pictures.push(picture);
-      this.list.append(item);
       this.#describe(picture);
     }
     this.onChange();
+  }
+
+  /** A picture that was handed in before, to be enlarged again from the service's own copy. */
+  addAgain(job) {
+    if (this.pictures.some((picture) => picture.job?.id === job.id)) return;
+    const { name, width, height, format } = job.input;
+    const picture = this.#lay({ job, name: name ?? job.id, url: "", width, height });
+    const image = picture.item.querySelector("img");
+    image.onload = () => { image.hidden = false; };
+    image.onerror = () => { picture.item.querySelector(".thumb span").textContent = format; };
+    if (job.progress.bands_total > 0) image.src = `/v1/jobs/${job.id}/thumbnail`;
+    else image.onerror();
+    this.#describe(picture);
+    this.onChange();
+  }
+
+  #lay(facts) {
+    const item = this.template.content.firstElementChild.cloneNode(true);
+    const picture = { ...facts, refusal: "", item };
+    item.querySelector(".name").textContent = item.querySelector(".name").title = picture.name;
+    const button = item.querySelector("button");
+    button.setAttribute("aria-label", `Remove ${picture.name}`);
+    button.addEventListener("click", () => {
+      const next = item.nextElementSibling ?? item.previousElementSibling;
+      this.remove(picture);
+      (next?.querySelector("button") ?? document.getElementById("choose")).focus();
+    });
+    this.pictures.push(picture);
+    this.list.append(item);
+    return picture;
   }
 
   remove(picture) {
@@ -75,14 +93,15 @@ export class Tray {
 
   #describe(picture) {
     const { scale } = this.wanted();
-    const { width, height, file } = picture;
+    const { width, height } = picture;
+    const count = picture.file?.size ?? picture.job.input.bytes;
     const [pixels, area] = picture.item.querySelectorAll(".small");
     if (width === 0) {
       pixels.textContent = `made ${scale} × larger`;
-      area.textContent = bytes(file.size);
+      area.textContent = bytes(count);
     } else {
       pixels.textContent = `${size(width, height)} → ${size(width * scale, height * scale)}`;
-      area.textContent = `${megapixels(width, height)}, ${bytes(file.size)} → ${megapixels(width * scale, height * scale)}`;
+      area.textContent = `${megapixels(width, height)}, ${bytes(count)} → ${megapixels(width * scale, height * scale)}`;
     }
     picture.refusal = this.#refusal(picture);
     this.refuse(picture, picture.refusal);
@@ -91,8 +110,8 @@ export class Tray {
   #refusal({ file, width, height }) {
     const { scale, largestSidePx, formatName } = this.wanted();
     const { uploadBytes, inputPx, outputPx } = this.limits;
-    if (file.size === 0) return "The file is empty. Choose another one.";
-    if (file.size > uploadBytes) return `At most ${bytes(uploadBytes)} are taken. Save it smaller, as JPEG perhaps.`;
+    if (file?.size === 0) return "The file is empty. Choose another one.";
+    if (file?.size > uploadBytes) return `At most ${bytes(uploadBytes)} are taken. Save it smaller, as JPEG perhaps.`;
     if (width * height > inputPx) return `At most ${megapixels(inputPx, 1)} are taken. Hand in a part of the picture.`;
     if (width * scale * height * scale > outputPx) return `At most ${megapixels(outputPx, 1)} are made. Choose a smaller enlargement.`;
     if (Math.max(width, height) * scale > largestSidePx) {

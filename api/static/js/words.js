@@ -101,11 +101,51 @@ const ADVICE = {
   "forbidden": "Reload the page and sign in again.",
   "queue-full": "Wait until some of your pictures are done.",
   "rate-limited": "Wait a minute and try again.",
+  "rendition-not-made": "Try again in a moment.",
+  "too-many-streams": "The page asks by itself meanwhile; nothing is lost.",
+  "not-found": "Look for it in the list of your pictures.",
   "gone": "Results are kept for a limited time; hand the picture in again.",
   "storage-unavailable": "The service's storage does not answer just now; try again in a minute.",
   "database-unavailable": "The service's database does not answer just now; try again in a minute.",
   "unreachable": "Look at your connection and try again; what was handed in already is safe.",
 };
+
+const FIGURES = [
+  ["psnr_db", "Likeness when made small again (PSNR)", (value) => `${value.toFixed(1)} dB`],
+  ["ssim", "Likeness of structure (SSIM)", (value) => value.toFixed(3)],
+  ["mean_colour_difference", "Mean difference of colour (ΔE)", (value) => value.toFixed(2)],
+  ["seam_score", "Seams between tiles", (value) => value.toFixed(2)],
+];
+
+/** A fidelity report's figures as [name, figure]; what it does not tell is left out. */
+export function figures(report) {
+  const rows = FIGURES.filter(([key]) => typeof report[key] === "number").map(([key, name, say]) => [name, say(report[key])]);
+  const tiles = report.tiles ?? {};
+  return [...rows, ...Object.entries(tiles).filter(([, value]) => typeof value === "number").map(([key, value]) => [`Tiles: ${key.replaceAll("_", " ")}`, value.toLocaleString("en")])];
+}
+
+/** What a fidelity report comes to, in a word or two. */
+export function verdict(report) {
+  return String(report.verdict ?? "measured").replaceAll("_", " ");
+}
+
+/** How long pictures will take, from the estimates for them; honest about what that is founded on. */
+export function estimate(told) {
+  const work = told.reduce((sum, { expected_seconds: { p50 } }) => sum + p50, 0);
+  const most = told.reduce((sum, { expected_seconds: { p95 } }) => sum + p95, 0);
+  const { basis, history_jobs: jobs, queue_wait_seconds: wait, workers } = told[0];
+  const lines = [];
+  // Milliseconds would pretend to know more than an estimate can.
+  const about = (count) => count < 1 ? "a second" : seconds(count);
+  if (basis === "history") {
+    lines.push(`Takes about ${about(work)}${most > work * 1.3 ? `, seldom more than ${seconds(most)}` : ""}, going by ${jobs === 1 ? "the one picture" : `${jobs} pictures`} made here with this model.`);
+  } else {
+    lines.push(`Takes roughly ${about(work)}: a guess, since this model has made nothing here yet.`);
+  }
+  if (workers === 0) lines.push("No worker is running just now: it waits until one is back.");
+  else if (wait >= 1) lines.push(`About ${seconds(wait)} of work are waiting before it.`);
+  return lines.join(" ");
+}
 
 /** What to do next about an error code; empty where there is nothing better to say than the error itself. */
 export function advice(code) {

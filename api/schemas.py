@@ -189,6 +189,10 @@ class JobsQuery(ListQuery):
     created_after: Moment | None = Field(None, description="With a time zone: `2026-01-31T12:00:00Z`.")
 
 
+class ThumbnailQuery(Asked):
+    of: Literal["input", "result"] = Field("result", description="Which of the job's pictures.")
+
+
 class DeliveriesQuery(ListQuery):
     """Which deliveries."""
 

@@ -44,11 +44,12 @@ from api.schemas import (
     KeyView,
     ModelPage,
     ModelView,
+    ThumbnailQuery,
     UploadRequest,
     UploadView,
 )
 from api.uploads import Aim, Source, Stored
-from shared import catalog, deliveries, jobs, outbox, pictures, queries
+from shared import catalog, deliveries, jobs, outbox, pictures, queries, thumbnails
 from shared.catalog import ModelCard
 from shared.db import clock, new_id
 from shared.errors import (
@@ -83,6 +84,8 @@ from shared.queries import JobFilter, Pulse
 from shared.storage import content_disposition
 from shared.telemetry import log
 
+# They never change: a result's belongs to the attempt that made it.
+THUMBNAIL_CACHED_SECONDS = 3600
 MAX_ENDPOINTS_PER_KEY = 50
 # Pictures of a batch that are read at once, and how long reading all of them may take before the batch is refused.
 BATCH_READERS = 8
@@ -398,6 +401,32 @@ def get_input(context: Context, caller: Caller, job_id: str) -> Response:
 
 @operation(
     "GET",
+    "/v1/jobs/{job_id}/thumbnail",
+    "Fetch a small picture of the input or the result",
+    tag="jobs",
+    answer_type="image/webp",
+    query=ThumbnailQuery,
+)
+def get_thumbnail(context: Context, caller: Caller, job_id: str) -> Response:
+    """At most 256 px a side. The input's is there once a worker has begun, the result's with the result."""
+    wanted = asked.query(ThumbnailQuery)
+    with context.database.reading() as session:
+        job = queries.owned_job(session, job_id, caller.key_id)
+    found = thumbnails.stream(context.storage, job, wanted.of)
+    if found is None:
+        raise NotFound(
+            f"There is no thumbnail of the {wanted.of}: it is made by the worker and goes with the pictures."
+        )
+    facts, chunks = found
+    response = Response(chunks, mimetype=thumbnails.MIME_TYPE)
+    response.content_length = facts.bytes
+    response.set_etag(facts.etag.strip('"'))
+    response.headers["Cache-Control"] = f"private, max-age={THUMBNAIL_CACHED_SECONDS}"
+    return response
+
+
+@operation(
+    "GET",
     "/v1/jobs/{job_id}/events",
     "Follow a job",
     tag="jobs",
@@ -677,6 +706,7 @@ HANDLERS: tuple[Handler, ...] = (
     delete_job,
     get_result,
     get_input,
+    get_thumbnail,
     follow_job,
     create_upload,
     create_batch,

@@ -13,7 +13,7 @@ import structlog
 from flask import Flask, Response, g, request
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from api import asked, compat, dashboard, health, openapi, problems, v1, web
+from api import asked, compat, dashboard, health, openapi, operations, problems, v1, web
 from api.context import Context, Seats
 from api.limits import RateLimits
 from api.zooms import Zooms
@@ -101,6 +101,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     app.register_blueprint(openapi.blueprint(v1.HANDLERS))
     app.register_blueprint(web.blueprint(context))
     app.register_blueprint(dashboard.blueprint(context, servers))
+    app.register_blueprint(operations.blueprint(context))
     if settings.trusted_proxies:
         hops = settings.trusted_proxies
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops, x_host=hops)  # type: ignore[method-assign]

@@ -1,6 +1,7 @@
 """Who is calling: a Bearer key or a page's session becomes a Caller, with what it may do.
 
-Scopes: `jobs` is everything under /v1 but the operator's; `admin` includes `jobs` and adds `/metrics` and `/admin`.
+Scopes: `jobs` is everything under /v1 but the operator's; `viewer` looks at the pages under `/admin`, `operator` also
+acts there; `admin` includes all of these and adds `/metrics`, and on the pages keys.
 Neither opens another key's jobs through /v1: those answer 404 to everybody but their owner (`queries.owned_job`).
 """
 
@@ -38,7 +39,7 @@ class Caller:
     """Signed in through a page, by cookie; otherwise by Bearer key."""
 
     def may(self, scope: str) -> bool:
-        return scope in self.scopes or "admin" in self.scopes
+        return scope in self.scopes or "admin" in self.scopes or (scope == "viewer" and "operator" in self.scopes)
 
 
 def caller(context: Context, scope: str | None = None) -> Caller:
@@ -53,6 +54,12 @@ def caller(context: Context, scope: str | None = None) -> Caller:
         g.caller = known
     if scope is not None and not known.may(scope):
         raise Forbidden(f"This needs a key with the scope {scope!r}.", scope=scope, scopes=sorted(known.scopes))
+    return known
+
+
+def known_caller() -> Caller | None:
+    """The caller of this request, where somebody has asked who it is."""
+    known: Caller | None = g.get("caller")
     return known
 
 

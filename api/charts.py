@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 WIDTH, HEIGHT = 600.0, 160.0
 _GAP_SHARE = 0.2
@@ -99,3 +100,109 @@ def round_up(value: float) -> float:
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))
     return next(power * step for step in (1, 2, 5, 10) if power * step >= value * 0.999999)
+
+
+# --- one attempt -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A line of an attempt's waterfall."""
+
+    name: str
+    seconds: float
+    x: float
+    width: float
+
+
+def waterfall(trace: Mapping[str, Any]) -> list[Phase]:
+    """The phases of an attempt, in order, across WIDTH."""
+    whole = max(trace["seconds"], 0.001)
+    starts = [*trace["phases"], ["", whole]]
+    return [
+        Phase(
+            name,
+            max(0.0, end - start),
+            round(WIDTH * start / whole, 2),
+            # Wide enough to be seen, however short.
+            round(max(2.0, WIDTH * (end - start) / whole), 2),
+        )
+        for (name, start), (_, end) in itertools.pairwise(starts)
+    ]
+
+
+@dataclass(frozen=True)
+class BandMap:
+    """The bands of a picture from the top, each as deep in colour as it was slow."""
+
+    width: float
+    height: float
+    marks: Sequence[Mark]
+    said: str
+
+
+HEATS = 5
+_MAP_WIDTH = 160.0
+
+
+def band_map(trace: Mapping[str, Any], width_px: int, height_px: int, *, said: Callable[[float], str]) -> BandMap:
+    """Of a picture of that size; bands that are not done yet are empty."""
+    seconds: Sequence[float] = trace["band_seconds"]
+    redone: Sequence[int] = trace["tiles_redone"]
+    each, total = trace["bands_each"], trace["bands_total"]
+    # A very long picture would be a thread, or a mile.
+    height = _MAP_WIDTH * min(3.0, max(0.3, height_px / width_px))
+    step = height * each / max(1, total)
+    slowest = max(seconds, default=0.0)
+    marks = []
+    for number, (took, tiles) in enumerate(zip(seconds, redone, strict=True)):
+        first, last = number * each + 1, min((number + 1) * each, total)
+        what = f"band {first}" if first == last else f"bands {first} to {last}"
+        again = f", {tiles} tiles more than planned" if tiles else ""
+        heat = min(HEATS - 1, int(HEATS * took / slowest)) if slowest else 0
+        marks.append(
+            Mark(
+                f"heat{heat}{' again' if tiles else ''}",
+                0,
+                round(step * number, 3),
+                _MAP_WIDTH,
+                round(min(step, height - step * number), 3),
+                f"{what} of {total}: {said(took)}{again}",
+            )
+        )
+    done = min(len(seconds) * each, total)
+    told = f"{done} of {total} bands done"
+    if seconds:
+        told += f", the slowest in {said(slowest / each)}"
+    if sum(map(bool, redone)):
+        told += f", {sum(map(bool, redone))} done again in smaller tiles"
+    return BandMap(_MAP_WIDTH, round(height, 2), marks, told)
+
+
+@dataclass(frozen=True)
+class MemoryTrace:
+    points: str
+    vram_points: str
+    """Empty where there is no GPU."""
+    peak_bytes: int
+    vram_peak_bytes: int | None
+    top_bytes: float
+
+
+def memory_trace(trace: Mapping[str, Any]) -> MemoryTrace | None:
+    """Bytes over the time of an attempt; None where nothing was sampled."""
+    samples: Sequence[tuple[float, int, int | None]] = trace["memory"]
+    if not samples:
+        return None
+    whole = max(trace["seconds"], 0.001)
+    peak = max(held for _, held, _ in samples)
+    on_gpu = [(at, held) for at, _, held in samples if held is not None]
+    vram_peak = max((held for _, held in on_gpu), default=None)
+    top = round_up(float(max(peak, vram_peak or 0)))
+
+    def points(values: Sequence[tuple[float, int]]) -> str:
+        # To the end of the attempt: the last sample holds until then.
+        held = [*values, (whole, values[-1][1])] if values else []
+        return " ".join(f"{WIDTH * min(at, whole) / whole:.1f},{HEIGHT * (1 - bytes / top):.1f}" for at, bytes in held)
+
+    return MemoryTrace(points([(at, held) for at, held, _ in samples]), points(on_gpu), peak, vram_peak, top)

@@ -203,6 +203,10 @@ class JobsQuery(ListQuery):
     )
 
 
+class ThumbnailQuery(Asked):
+    of: Literal["input", "result"] = Field("result", description="Which of the job's pictures.")
+
+
 class DeliveriesQuery(ListQuery):
     """Which deliveries."""
 

@@ -47,6 +47,7 @@ from api.schemas import (
     PreviewView,
     RenditionRequest,
     RenditionView,
+    ThumbnailQuery,
     UploadRequest,
     UploadView,
 )
@@ -88,6 +89,7 @@ from shared.queries import JobFilter, Pulse
 from shared.storage import content_disposition
 from shared.telemetry import log
 
+# They never change: a result's belongs to the attempt that made it.
 MAX_ENDPOINTS_PER_KEY = 50
 # Pictures of a batch that are read at once, and how long reading all of them may take before the batch is refused.
 BATCH_READERS = 8
@@ -402,16 +404,19 @@ def get_input(context: Context, caller: Caller, job_id: str) -> Response:
 @operation(
     "GET",
     "/v1/jobs/{job_id}/thumbnail",
-    "Fetch the picture handed in, very small",
+    "Fetch a small picture of the input or the result",
     tag="jobs",
     answer_type="image/webp",
+    query=ThumbnailQuery,
     problems=(NotFound, Gone),
 )
 def get_thumbnail(context: Context, caller: Caller, job_id: str) -> Response:
-    """At most 256 px a side. It is made when a worker has read the picture: 404 before that."""
+    """At most 256 px a side. The input's is there once a worker has read it, the result's with the result: 404 before
+    that."""
+    wanted = asked.query(ThumbnailQuery)
     with context.database.reading() as session:
         job = queries.owned_job(session, job_id, caller.key_id)
-    return _small_picture(context, job, thumbnails.key(job.blob_prefix, "input", job.attempt), thumbnails.MIME_TYPE)
+    return _small_picture(context, job, thumbnails.key(job.blob_prefix, wanted.of, job.attempt), thumbnails.MIME_TYPE)
 
 
 @operation(

@@ -34,7 +34,11 @@ def blueprint(context: Context) -> Blueprint:
     settings = context.settings
 
     @pages.get("/")
-    def enlarge() -> str:
+    def enlarge() -> AnyResponse | str:
+        caller = auth.caller(context)
+        if not caller.may("jobs") and caller.may("viewer"):
+            # A key for the operator's pages alone has been signed in with: this page is not for it.
+            return redirect("/admin", 303)
         auth.caller(context, "jobs")
         return render_template(
             "enlarge.html",

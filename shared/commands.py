@@ -158,8 +158,8 @@ def keys() -> None:
     "--scope",
     "scopes",
     multiple=True,
-    type=click.Choice(["jobs", "admin"]),
-    help="What it may do; can be given twice.  [default: jobs]",
+    type=click.Choice(["jobs", "viewer", "operator", "admin"]),
+    help="What it may do; can be given again. viewer and operator are for the pages under /admin.  [default: jobs]",
 )
 @click.option("--days", type=click.IntRange(1), help="How long it is good for.  [default: for ever]")
 @as_json
@@ -172,6 +172,7 @@ def create_key(name: str, scopes: tuple[str, ...], days: int | None, as_json: bo
     with _transaction() as (session, now):
         expires_at = None if days is None else now + timedelta(days=days)
         key, secret = keys.create(session, name=name, scopes=scopes or ("jobs",), now=now, expires_at=expires_at)
+        _audit(session, "key.create", f"{key.id} ({name})", now, {"scopes": list(key.scopes)})
         view = {**_key_view(key), "api_key": secret}
     if as_json:
         click.echo(json.dumps(view, indent=2))
@@ -237,6 +238,7 @@ def revoke_key(key_id: str) -> None:
 
     with _transaction() as (session, now):
         keys.revoke(session, key_id, now=now)
+        _audit(session, "key.revoke", key_id, now, {})
     click.echo(f"{key_id} is revoked.")
 
 
@@ -346,6 +348,15 @@ def _key_view(key: ApiKey) -> dict[str, Any]:
         "scopes": list(key.scopes),
         **{name: None if moment is None else moment.isoformat() for name, moment in moments.items()},
     }
+
+
+def _audit(session: Session, action: str, subject: str, now: datetime, detail: dict[str, Any]) -> None:
+    """In the log of what operators did, beside what they do on the pages."""
+    from shared import audit
+
+    audit.record(
+        session, key_id=None, key_name=audit.COMMAND_LINE, action=action, subject=subject, now=now, detail=detail
+    )
 
 
 def _file_in(settings: Settings, name: str) -> str:

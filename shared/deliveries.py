@@ -247,6 +247,16 @@ def turn_off_endpoint(session: Session, claim: DeliveryClaim, *, reason: str, no
     )
 
 
+def turn_on_endpoint(session: Session, endpoint_id: str) -> Endpoint:
+    """It is told of events again; what was given up meanwhile stays so until it is resent. Raises NotFound."""
+    endpoint = session.get(Endpoint, endpoint_id)
+    if endpoint is None:
+        raise NotFound("There is no such endpoint.")
+    endpoint.disabled_at = endpoint.disabled_reason = None
+    session.flush()
+    return endpoint
+
+
 def remove_endpoint(session: Session, endpoint_id: str, *, now: datetime) -> None:
     """Deletes a standing address. What is still owed to it is ABANDONED: its owner does not want it any more.
 

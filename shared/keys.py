@@ -21,7 +21,9 @@ from shared.db import UtcDateTime, new_id
 from shared.errors import InvalidRequest, NotFound, Unauthorized
 from shared.models import ApiKey, PageSession
 
-SCOPES = ("jobs", "admin")
+SCOPES = ("jobs", "viewer", "operator", "admin")
+"""What a key may do: its own jobs; look at the operator's pages; act there; all of it, and keys."""
+EVERYTHING = ("jobs", "admin")
 KEY_PREFIX = "enl_"
 SIGN_IN_LINK_SECONDS = 86400
 ROTATION_OVERLAP_SECONDS = 86400

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, TypeVarTuple
 
 from sqlalchemy import Row, Select, and_, case, func, or_, select
 from sqlalchemy.orm import Session, aliased
@@ -22,6 +22,7 @@ from shared.models import (
     BlobRemoval,
     Delivery,
     DeliveryState,
+    Endpoint,
     Job,
     JobState,
     QueuePause,
@@ -197,6 +198,9 @@ def pulse(session: Session, job_id: str, owner_key_id: str) -> Pulse:
     return Pulse(row.version, JobState(row.state), row.cancel_requested_at is not None, row.queue_position)
 
 
+Ts = TypeVarTuple("Ts")
+
+
 @dataclass(frozen=True)
 class JobFilter:
     """What a page of jobs is narrowed to; None means any."""
@@ -208,8 +212,21 @@ class JobFilter:
     created_after: datetime | None = None
     id: str | None = None
     input_sha256: str | None = None
+    # What only the operator's list is narrowed by.
+    any_of: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """Column -> values of which the job has one."""
+    owner: str | None = None
+    """Id or name of the key."""
+    created_before: datetime | None = None
+    words: tuple[str, ...] = ()
+    """Each occurs in the picture's name or is the end of the job's id."""
+    up_to_id: str | None = None
+    """No job newer than this one."""
+    before_id: str | None = None
+    """Only jobs older than this one."""
+    unswept: bool = False
 
-    def apply(self, query: Select[Any]) -> Select[Any]:
+    def apply(self, query: Select[*Ts]) -> Select[*Ts]:
         conditions = [
             (self.owner_key_id, Job.owner_key_id),
             (self.status, Job.state),
@@ -223,6 +240,22 @@ class JobFilter:
                 query = query.where(column == value)
         if self.created_after is not None:
             query = query.where(Job.created_at > self.created_after)
+        if self.created_before is not None:
+            query = query.where(Job.created_at < self.created_before)
+        for name, values in self.any_of:
+            query = query.where(getattr(Job, name).in_(values))
+        if self.owner is not None:
+            named = select(ApiKey.id).where(or_(ApiKey.id == self.owner, ApiKey.name == self.owner))
+            query = query.where(Job.owner_key_id.in_(named))
+        for word in self.words:
+            in_name = Job.input_name.icontains(word, autoescape=True)
+            query = query.where(or_(in_name, Job.id.endswith(word, autoescape=True)))
+        if self.up_to_id is not None:
+            query = query.where(Job.id <= self.up_to_id)
+        if self.before_id is not None:
+            query = query.where(Job.id < self.before_id)
+        if self.unswept:
+            query = query.where(Job.swept_at.is_(None))
         return query
 
 
@@ -247,8 +280,19 @@ def page_of_jobs(session: Session, wanted: JobFilter, *, limit: int, cursor: str
     return _page(rows, limit)
 
 
+def count_jobs(session: Session, wanted: JobFilter) -> int:
+    """How many jobs the filter lets through."""
+    return session.scalar(wanted.apply(select(func.count(Job.id)))) or 0
+
+
 def page_of_deliveries(
-    session: Session, *, owner_key_id: str | None, job_id: str | None, limit: int, cursor: str | None
+    session: Session,
+    *,
+    owner_key_id: str | None,
+    job_id: str | None,
+    limit: int,
+    cursor: str | None,
+    state: str | None = None,
 ) -> Page[Delivery]:
     """Newest first. Raises InvalidRequest where the cursor is not one we gave."""
     query = select(Delivery).order_by(Delivery.id.desc()).limit(limit + 1)
@@ -256,6 +300,8 @@ def page_of_deliveries(
         query = query.where(Delivery.owner_key_id == owner_key_id)
     if job_id is not None:
         query = query.where(Delivery.job_id == job_id)
+    if state is not None:
+        query = query.where(Delivery.state == state)
     if cursor is not None:
         query = query.where(Delivery.id < _read_cursor(cursor))
     return _page(session.scalars(query).all(), limit)
@@ -430,6 +476,67 @@ def ended_by_state(session: Session, *, since: datetime) -> dict[str, int]:
     )
     found = {row.state: row.jobs for row in rows}
     return {str(state): found.get(state, 0) for state in JobState if state in TERMINAL_STATES}
+
+
+@dataclass(frozen=True)
+class StorageUsed:
+    """What the jobs' pictures take, by their rows: thumbnails and uploads without a job are not counted."""
+
+    jobs: int
+    input_bytes: int
+    result_bytes: int
+
+
+def storage_used(session: Session) -> StorageUsed:
+    row = session.execute(
+        select(
+            func.count(Job.id),
+            func.coalesce(func.sum(Job.input_bytes), 0),
+            func.coalesce(func.sum(Job.result_bytes), 0),
+        ).where(Job.swept_at.is_(None))
+    ).one()
+    # PostgreSQL sums bigints to a numeric.
+    return StorageUsed(row[0], int(row[1] or 0), int(row[2] or 0))
+
+
+@dataclass(frozen=True)
+class EndpointLine:
+    endpoint: Endpoint
+    key_name: str
+    pending: int
+    abandoned: int
+
+
+def endpoints(session: Session) -> list[EndpointLine]:
+    """Every standing webhook address, newest first, with what is owed to it and what was given up."""
+    counted: dict[tuple[str | None, str], int] = {
+        (row.endpoint_id, row.state): row.deliveries
+        for row in session.execute(
+            select(Delivery.endpoint_id, Delivery.state, func.count().label("deliveries"))
+            .where(Delivery.state != DeliveryState.DELIVERED, Delivery.endpoint_id.is_not(None))
+            .group_by(Delivery.endpoint_id, Delivery.state)
+        )
+    }
+    rows = session.execute(
+        select(Endpoint, ApiKey.name).join(ApiKey, ApiKey.id == Endpoint.owner_key_id).order_by(Endpoint.id.desc())
+    )
+    return [
+        EndpointLine(
+            endpoint,
+            name,
+            counted.get((endpoint.id, DeliveryState.PENDING), 0),
+            counted.get((endpoint.id, DeliveryState.ABANDONED), 0),
+        )
+        for endpoint, name in rows
+    ]
+
+
+def endpoint(session: Session, endpoint_id: str) -> Endpoint:
+    """The standing address, whoever owns it: the operator's look. Raises NotFound."""
+    found = session.get(Endpoint, endpoint_id)
+    if found is None:
+        raise NotFound("There is no such endpoint.")
+    return found
 
 
 def blob_removals_due(session: Session, *, now: datetime) -> int:

@@ -72,6 +72,7 @@ class Settings(BaseSettings):
     cookie_secure: bool = Field(
         False, description="Send the session cookie over HTTPS only, as `__Host-enlarger`. Turn on behind TLS."
     )
+    admin_read_only: bool = Field(False, description="The pages under `/admin` show everything and change nothing.")
     trusted_proxies: int = Field(
         0, ge=0, description="Proxies in front of the API whose `X-Forwarded-*` headers are believed; 0 believes none."
     )

@@ -161,7 +161,7 @@ def prepare_sql(settings: Settings) -> None:
         try:
             with database.transaction() as session:
                 keys.ensure(
-                    session, settings.bootstrap_admin_key, name="bootstrap", scopes=keys.SCOPES, now=clock(session)
+                    session, settings.bootstrap_admin_key, name="bootstrap", scopes=keys.EVERYTHING, now=clock(session)
                 )
         finally:
             database.close()
@@ -433,7 +433,7 @@ class Stack:
         if self.api_key:
             with contextlib.suppress(Unauthorized):
                 return keys.authenticate(session, self.api_key, now=now)
-        key, self.api_key = keys.create(session, name="enlarger up", scopes=keys.SCOPES, now=now)
+        key, self.api_key = keys.create(session, name="enlarger up", scopes=keys.EVERYTHING, now=now)
         write_private(path, self.api_key + "\n")
         return key
 

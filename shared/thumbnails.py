@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
+from shared.errors import BlobMissing
 from shared.models import Job, JobState
+from shared.storage import BlobFacts, Storage
 
 Side = Literal["input", "result"]
 SIDES: tuple[Side, ...] = ("input", "result")
@@ -24,3 +27,11 @@ def expected(job: Job) -> tuple[Side, ...]:
     if job.swept_at is not None or job.attempt == 0:
         return ()
     return SIDES if job.state == JobState.SUCCEEDED else ("input",)
+
+
+def stream(storage: Storage, job: Job, side: Side) -> tuple[BlobFacts, Iterator[bytes]] | None:
+    """The thumbnail's facts and bytes; None where there is none (yet, or any more). Raises StorageUnavailable."""
+    try:
+        return storage.stream(key(job.blob_prefix, side, job.attempt))
+    except BlobMissing:
+        return None

@@ -35,7 +35,7 @@ Samples = NDArray[Any]
 
 
 class Previews:
-    """An Onlooker (`worker.enlarging`) of one attempt. A context manager: leaving it gives up what is not stored yet."""
+    """An Onlooker (`worker.enlarging`) of one attempt. A context manager: leaving it gives up what is not stored."""
 
     def __init__(self, storage: Storage, blob_prefix: str, attempt: int) -> None:
         self._storage, self._blob_prefix, self._attempt = storage, blob_prefix, attempt

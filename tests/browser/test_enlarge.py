@@ -33,7 +33,7 @@ def test_a_picture_is_handed_in_watched_compared_and_downloaded(site: Site, open
     page = open_page(key_id).page
     expect(page.locator(".who")).to_contain_text("Ada")
     # Who may not operate the queue is not led to it.
-    expect(page.get_by_role("link", name="Queue")).to_have_count(0)
+    expect(page.get_by_role("link", name="Operate")).to_have_count(0)
 
     # Chosen: its size now and after are told at once.
     page.set_input_files("#choose", [PICTURE])

@@ -128,7 +128,7 @@ export class Mine {
     const image = item.querySelector("img");
     const kind = item.querySelector(".thumb span");
     // A worker makes it when it has read the picture.
-    const source = kept(job) && job.progress.bands_total > 0 && (finished(job) || job.progress.bands_done > 0) ? `/v1/jobs/${job.id}/thumbnail` : "";
+    const source = kept(job) && job.progress.bands_total > 0 && (finished(job) || job.progress.bands_done > 0) ? `/v1/jobs/${job.id}/thumbnail?of=input` : "";
     if (image.dataset.source === source) return;
     image.dataset.source = source;
     const show = (isShown) => { image.hidden = !isShown; kind.hidden = isShown; };

@@ -15,7 +15,7 @@ export function pictureOf(job, what) {
     return { type: "image", url: what === "before" ? `/v1/jobs/${job.id}/input` : job.result.url, buildPyramid: false };
   }
   // Small, but something: it is there once a worker has read the picture.
-  if (what === "before" && job.progress.bands_total > 0) return { type: "image", url: `/v1/jobs/${job.id}/thumbnail`, buildPyramid: false };
+  if (what === "before" && job.progress.bands_total > 0) return { type: "image", url: `/v1/jobs/${job.id}/thumbnail?of=input`, buildPyramid: false };
   return null;
 }
 

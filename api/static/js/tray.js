@@ -44,7 +44,7 @@ export class Tray {
     const image = picture.item.querySelector("img");
     image.onload = () => { image.hidden = false; };
     image.onerror = () => { picture.item.querySelector(".thumb span").textContent = format; };
-    if (job.progress.bands_total > 0) image.src = `/v1/jobs/${job.id}/thumbnail`;
+    if (job.progress.bands_total > 0) image.src = `/v1/jobs/${job.id}/thumbnail?of=input`;
     else image.onerror();
     this.#describe(picture);
     this.onChange();

@@ -89,7 +89,6 @@ from shared.queries import JobFilter, Pulse
 from shared.storage import content_disposition
 from shared.telemetry import log
 
-# They never change: a result's belongs to the attempt that made it.
 MAX_ENDPOINTS_PER_KEY = 50
 # Pictures of a batch that are read at once, and how long reading all of them may take before the batch is refused.
 BATCH_READERS = 8

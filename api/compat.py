@@ -262,7 +262,7 @@ def _output(context: Context, token: str, name: str) -> Response:
     facts, chunks = context.storage.stream(job.result_key)
     response = Response(chunks, mimetype=pictures.format_named(job.format).mime_type)
     response.content_length = facts.bytes
-    response.headers["Content-Disposition"] = content_disposition("inline", name)
+    response.headers["Content-Disposition"] = content_disposition("attachment", name)
     return response
 
 

@@ -125,10 +125,10 @@ tallies = Tallies()
 
 # Every field that a line may have beside those of the log itself; tests/shared/test_telemetry.py holds the code to it.
 _FIELDS = """
-    attempt batch_id blobs code delivery_id detail device error expired fault job_id jobs key_id messages method model
-    module outcome path pause_seconds prefix prefixes queue queues reason record_id removals request_id seconds signal
-    state status step strays threads timings traceparent try_number type unsent wait_seconds well worker worker_id
-    workers_forgotten
+    attempt batch_id blobs code delivery_id detail device drained error expired fault job_id jobs key_id messages
+    method model module outcome path pause_seconds prefix prefixes queue queues reason record_id removals request_id
+    seconds signal state status step strays threads timings traceparent try_number type unsent wait_seconds well
+    worker worker_id workers_forgotten
 """
 FIELDS = frozenset(_FIELDS.split())
 _OF_THE_LOG = frozenset({"event", "level", "timestamp", "exc_info", "exception", "stack", "stack_info", "logger"})
@@ -136,8 +136,8 @@ _OF_THE_LOG = frozenset({"event", "level", "timestamp", "exc_info", "exception",
 _SECRETS = re.compile(
     # An API key; a webhook secret; what signs a presigned link (of S3, versions 4 and 2).
     r"\benl_[A-Za-z0-9_-]{8,}|\bwhsec_[A-Za-z0-9+/=]+|\b(?:X-Amz-(?:Signature|Credential|Security-Token)|Signature)=[^&\s\"']+"
-    # A sign-in link's token, an Authorization header, a password in an address.
-    r"|(?<=[?&]token=)[^&\s\"']+|(?<=[Bb]earer )\S+|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"
+    # Tokens of a sign-in link and of a link to an output, an Authorization header, a password in an address.
+    r"|(?<=[?&]token=)[^&\s\"']+|(?<=/outputs/)[^/\s\"']+|(?<=[Bb]earer )\S+|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"
 )
 
 

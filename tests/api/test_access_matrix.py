@@ -29,6 +29,15 @@ OWNED_PARAMETERS = {"job_id", "batch_id", "endpoint_id", "delivery_id"}
 
 EXPECTED: dict[tuple[str, str], Kind] = {
     ("GET", "/"): "jobs",
+    ("GET", "/compat/replicate/outputs/<token>/<name>"): "public",  # by a signed link; another is none of ours
+    ("POST", "/compat/replicate/v1/files"): "jobs",
+    ("GET", "/compat/replicate/v1/models"): "jobs",
+    ("GET", "/compat/replicate/v1/models/<owner>/<name>"): "jobs",
+    ("POST", "/compat/replicate/v1/models/<owner>/<name>/predictions"): "jobs",
+    ("GET", "/compat/replicate/v1/models/<owner>/<name>/versions"): "jobs",
+    ("GET", "/compat/replicate/v1/models/<owner>/<name>/versions/<version>"): "jobs",
+    ("GET", "/compat/replicate/v1/predictions"): "jobs",
+    ("POST", "/compat/replicate/v1/predictions"): "jobs",
     ("GET", "/docs"): "public",
     ("GET", "/livez"): "public",
     ("GET", "/metrics"): "admin",
@@ -58,7 +67,7 @@ def kind_of(method: str, rule: str) -> Kind | None:
         return EXPECTED[method, rule]
     if rule == "/admin" or rule.startswith("/admin/"):
         return "admin"
-    if rule.startswith("/v1/") and set(re.findall("<(?:.*?:)?(.*?)>", rule)) & OWNED_PARAMETERS:
+    if rule.startswith(("/v1/", "/compat/")) and set(re.findall("<(?:.*?:)?(.*?)>", rule)) & OWNED_PARAMETERS:
         return "owned"
     return None
 
@@ -74,7 +83,7 @@ def test_every_route_has_an_expectation_and_every_expectation_a_route(api: Api) 
     assert [route for route in routes if kind_of(*route) is None] == [], "say in EXPECTED who may ask for it"
     assert set(EXPECTED) <= set(routes)
     assert {kind_of(*route) for route in routes} == {"public", "any key", "jobs", "owned", "admin", "session"}
-    assert all(rule.startswith(("/v1/", "/admin")) or (m, rule) in EXPECTED for m, rule in routes)
+    assert all(rule.startswith(("/v1/", "/admin", "/compat/")) or (m, rule) in EXPECTED for m, rule in routes)
 
 
 @dataclass(frozen=True)

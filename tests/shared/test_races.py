@@ -7,6 +7,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
+import pytest
 from sqlalchemy import select
 
 from shared import jobs
@@ -18,6 +19,8 @@ from tests.factories import a_claim, a_job, a_key, a_result
 RACES = 1000
 
 
+# A quarter of a minute on a quiet machine; each commit waits for a disk, and on a busy one they all do.
+@pytest.mark.timeout(900)
 def test_a_thousand_races_of_cancel_and_success_have_one_winner_each(
     postgresql_database: Database, now: datetime
 ) -> None:
@@ -64,7 +67,7 @@ def test_a_thousand_races_of_cancel_and_success_have_one_winner_each(
 
     with ThreadPoolExecutor(2) as threads:
         canceling, succeeding = threads.submit(cancels), threads.submit(succeeds)
-        accepted, finished = canceling.result(250), succeeding.result(250)
+        accepted, finished = canceling.result(), succeeding.result()
 
     outcomes = Counter(zip(accepted, finished, strict=True))
     # Never both, never neither.
@@ -73,7 +76,7 @@ def test_a_thousand_races_of_cancel_and_success_have_one_winner_each(
     assert outcomes[False, True] > 0, "no worker was ever first: nothing was raced"
     with database.reading() as session:
         states = {job.id: job for job in session.scalars(select(Job))}
-        events = Counter(session.execute(select(Delivery.job_id, Delivery.type)).tuples())
+        events = Counter((row.job_id, row.type) for row in session.execute(select(Delivery.job_id, Delivery.type)))
     for claim, was_accepted in zip(claims, accepted, strict=True):
         job = states[claim.job_id]
         if was_accepted:

@@ -27,6 +27,7 @@ from shared.telemetry import configure_logs, log
 configure_logs("debug", sys.argv[1])
 key, webhook, signature, token, password = sys.argv[2:]
 log.info("job.claimed", job_id="job_1", attempt=2, detail=f"sent {key}", api_key="left out", Authorization="left out")
+log.info("http.answered", path=f"/compat/replicate/outputs/{token}/output.png")
 logging.getLogger("urllib3").debug("GET http://s3/x?X-Amz-Signature=%s&X-Amz-Expires=1 with Bearer %s", signature, key)
 logging.getLogger("gunicorn").warning("GET /sign-in?token=%s&next=/ postgresql://me:%s@host/db", token, password)
 try:

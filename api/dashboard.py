@@ -242,11 +242,11 @@ def blueprint(context: Context, servers: Servers) -> Blueprint:
     for view in views:
         add(view)
 
-    @pages.get("/admin/jobs/<job_id>/thumbnail/<any(input, result):side>")
-    def thumbnail(job_id: str, side: thumbnails.Side) -> AnyResponse:
+    @pages.get("/admin/jobs/<job_id>/thumbnail/<side>")
+    def thumbnail(job_id: str, side: str) -> AnyResponse:
         with database.reading() as session:
             found = queries.any_job(session, job_id)
-        stored = thumbnails.stream(context.storage, found, side)
+        stored = thumbnails.stream(context.storage, found, "input" if side == "input" else "result")
         if stored is None:
             # The page asks only where one is likely to be there; a sign looks better than a broken picture.
             return redirect("/static/no-picture.svg", 302)

@@ -200,10 +200,10 @@ def blueprint(context: Context) -> Blueprint:
 
     # --- queues and workers ------------------------------------------------------------------------------------------
 
-    @pages.post("/queues/<queue>/<any(pause, resume):action>")
+    @pages.post("/queues/<queue>/<action>")
     def pause_or_resume(queue: str, action: str) -> AnyResponse:
-        if queue not in IMAGE_QUEUES:
-            raise NotFound(f"There is no queue {queue}.")
+        if queue not in IMAGE_QUEUES or action not in ("pause", "resume"):
+            raise NotFound(f"There is no queue {queue}, or nothing like {action!r} to do to it.")
 
         def do(session: Session, now: datetime) -> str:
             is_pause = action == "pause"
@@ -216,8 +216,11 @@ def blueprint(context: Context) -> Blueprint:
 
         return change(do)
 
-    @pages.post("/workers/<worker_id>/<any(drain, resume):action>")
+    @pages.post("/workers/<worker_id>/<action>")
     def drain_or_resume(worker_id: str, action: str) -> AnyResponse:
+        if action not in ("drain", "resume"):
+            raise NotFound(f"There is nothing like {action!r} to do to a worker.")
+
         def do(session: Session, now: datetime) -> str:
             if action == "drain":
                 workers.drain(session, worker_id, now=now)
@@ -241,8 +244,11 @@ def blueprint(context: Context) -> Blueprint:
 
         return change(do, otherwise="/admin/webhooks")
 
-    @pages.post("/endpoints/<endpoint_id>/<any(turn_on, test):action>")
+    @pages.post("/endpoints/<endpoint_id>/<action>")
     def endpoint(endpoint_id: str, action: str) -> AnyResponse:
+        if action not in ("turn_on", "test"):
+            raise NotFound(f"There is nothing like {action!r} to do to an endpoint.")
+
         def do(session: Session, now: datetime) -> str:
             if action == "turn_on":
                 found = deliveries.turn_on_endpoint(session, endpoint_id)
@@ -392,7 +398,7 @@ def _run_again(context: Context, caller: Caller, job: Job, now: datetime, noted:
                 scale=job.scale,
                 format=job.format,
                 queue=queries.image_queue(job.device, job.priority, gpu_alive=gpu_alive),
-                routing_reason=f"again, with the settings of {job.id}",
+                routing_reason="run again by an operator",
                 classify=job.classify,
                 quality=job.quality,
                 lossless=job.lossless,

@@ -17,6 +17,7 @@ import pytest
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
+from api import dashboard
 from shared import keys
 from tests.api.conftest import Api
 from tests.factories import a_png
@@ -60,6 +61,12 @@ EXPECTED: dict[tuple[str, str], Kind] = {
     ("GET", "/v1/webhook-endpoints"): "jobs",
     ("POST", "/v1/webhook-endpoints"): "jobs",
 }
+
+
+@pytest.fixture(autouse=True)
+def _live_pages_that_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operator's live streams end by themselves after minutes; here they are read to their end."""
+    monkeypatch.setattr(dashboard, "LONGEST_STREAM_SECONDS", 0.0)
 
 
 def kind_of(method: str, rule: str) -> Kind | None:

@@ -72,8 +72,7 @@ def every_action(api: Any) -> dict[str, dict[str, Any]]:
     found = {}
     for rule in api.app.url_map.iter_rules():
         if rule.rule.startswith("/admin") and "POST" in rule.methods:
-            path = re.sub(r"<any\((\w+).*?\):\w+>", r"\1", rule.rule)
-            path = re.sub(r"<(\w+)>", lambda name: names.get(name[1], "key_none"), path)
+            path = re.sub(r"<(\w+)>", lambda name: names.get(name[1], "resume"), rule.rule)
             found[path] = {"id": job_id, "action": "cancel"}
     assert len(found) >= 11
     return found

@@ -39,6 +39,7 @@ from shared.workers import WorkerFacts
 from tests.factories import a_png, options, picture
 from worker.previews import Previews
 from worker.renditions import make
+from worker.thumbnails import Thumbnails
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -224,8 +225,12 @@ class Site:
         job = self.job(claim.job_id)
         rows = np.asarray(self._enlarged(job))
         height = len(rows)
-        with Previews(self.storage, job.blob_prefix, claim.attempt) as previews:
-            previews.begins(rows[:: job.scale, :: job.scale], rows.shape[1], height)
+        with (
+            Previews(self.storage, job.blob_prefix, claim.attempt) as previews,
+            Thumbnails(self.storage, job.blob_prefix, claim.attempt) as thumbnails,
+        ):
+            for onlooker in (previews, thumbnails):
+                onlooker.begins(rows[:: job.scale, :: job.scale], rows.shape[1], height)
             for number in range(done):
                 previews.made(rows[number * height // total : (number + 1) * height // total])
         self.progress(claim, done, total)

@@ -36,6 +36,7 @@ from shared.models import Job
 from shared.settings import Settings
 from shared.storage import Storage
 from shared.workers import WorkerFacts
+from tests.conftest import wait_until
 from tests.factories import a_png, options, picture
 from worker.previews import Previews
 from worker.renditions import make
@@ -207,6 +208,10 @@ class Site:
         return claim
 
     def progress(self, claim: Claim, bands_done: int, bands_total: int) -> None:
+        """So many bands are finished; before the first, the worker has read the picture and made it small."""
+        job = self.job(claim.job_id)
+        with Thumbnails(self.storage, job.blob_prefix, claim.attempt) as thumbnails:
+            thumbnails.begins(np.zeros((job.input_height, job.input_width, 3), np.uint8), 1, 1)
         with self.database.transaction() as session:
             jobs.progress(
                 session,
@@ -225,21 +230,20 @@ class Site:
         job = self.job(claim.job_id)
         rows = np.asarray(self._enlarged(job))
         height = len(rows)
-        with (
-            Previews(self.storage, job.blob_prefix, claim.attempt) as previews,
-            Thumbnails(self.storage, job.blob_prefix, claim.attempt) as thumbnails,
-        ):
-            for onlooker in (previews, thumbnails):
-                onlooker.begins(rows[:: job.scale, :: job.scale], rows.shape[1], height)
+        with Previews(self.storage, job.blob_prefix, claim.attempt) as previews:
+            previews.begins(rows[:: job.scale, :: job.scale], rows.shape[1], height)
             for number in range(done):
                 previews.made(rows[number * height // total : (number + 1) * height // total])
         self.progress(claim, done, total)
 
     def make_renditions(self) -> None:
-        """The chores worker's part: everything that is owed."""
-        with self.database.transaction() as session:
-            owed = renditions.due(session, resend_after_seconds=60, now=clock(session))
-        for job_id, kind in owed:
+        """The relay's and the chores worker's part: what is owed, once the page has asked for it."""
+
+        def owed() -> list[tuple[str, str]]:
+            with self.database.transaction() as session:
+                return renditions.due(session, resend_after_seconds=60, now=clock(session))
+
+        for job_id, kind in wait_until(owed, seconds=30, what="a rendition to be asked for"):
             make(self.database, self.storage, job_id, kind)
 
     def succeed(self, claim: Claim, *, at: datetime | None = None) -> bytes:

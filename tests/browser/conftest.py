@@ -36,9 +36,11 @@ from shared.models import Job
 from shared.settings import Settings
 from shared.storage import Storage
 from shared.workers import WorkerFacts
+from tests.conftest import wait_until
 from tests.factories import a_png, options, picture
 from worker.previews import Previews
 from worker.renditions import make
+from worker.thumbnails import Thumbnails
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -206,6 +208,10 @@ class Site:
         return claim
 
     def progress(self, claim: Claim, bands_done: int, bands_total: int) -> None:
+        """So many bands are finished; before the first, the worker has read the picture and made it small."""
+        job = self.job(claim.job_id)
+        with Thumbnails(self.storage, job.blob_prefix, claim.attempt) as thumbnails:
+            thumbnails.begins(np.zeros((job.input_height, job.input_width, 3), np.uint8), 1, 1)
         with self.database.transaction() as session:
             jobs.progress(
                 session,
@@ -231,10 +237,13 @@ class Site:
         self.progress(claim, done, total)
 
     def make_renditions(self) -> None:
-        """The chores worker's part: everything that is owed."""
-        with self.database.transaction() as session:
-            owed = renditions.due(session, resend_after_seconds=60, now=clock(session))
-        for job_id, kind in owed:
+        """The relay's and the chores worker's part: what is owed, once the page has asked for it."""
+
+        def owed() -> list[tuple[str, str]]:
+            with self.database.transaction() as session:
+                return renditions.due(session, resend_after_seconds=60, now=clock(session))
+
+        for job_id, kind in wait_until(owed, seconds=30, what="a rendition to be asked for"):
             make(self.database, self.storage, job_id, kind)
 
     def succeed(self, claim: Claim, *, at: datetime | None = None) -> bytes:

@@ -319,7 +319,7 @@ def test_the_result_is_downloaded_in_another_format_without_enlarging_again(
     site.succeed(site.claim(job.id))
     expect(page.locator("#split")).to_be_visible()
     page.get_by_label("Download as").select_option("webp")
-    with page.expect_download() as started:
+    with page.expect_download(timeout=60_000) as started:
         page.locator("#download").click()
         expect(page.locator("#download-told")).to_contain_text("Making a WEBP of the result")
         site.make_renditions()

@@ -112,8 +112,7 @@ def storm(folder: Path, *, seed: int, jobs: int, share: float, tell: Callable[[s
 def recovery(folder: Path, *, seed: int, kills: int, tell: Callable[[str], None]) -> dict[str, Any]:
     """Kills in mid-job, with the product's own settings."""
     lives = run.default_lives()
-    slow: dict[str, Any] = {"image_processes": 8, "tile_seconds": 0.25, "start_method": "spawn", "receiver_faults": 0}
-    with World(folder, seed=seed, tell=tell, **slow, **lives) as world:
+    with World(folder, seed=seed, image_processes=8, tile_seconds=0.25, receiver_faults=0, tell=tell, **lives) as world:
         run.kill_in_mid_job(world, kills=kills)
         world.settle()
         violations = [str(violation) for violation in check(world.history)]

@@ -112,7 +112,6 @@ class World:
         image_processes: int = 2,
         tile_seconds: float = 0.05,
         fence: bool = True,
-        start_method: Literal["fork", "spawn"] = "fork",
         receiver_faults: float = 0.3,
         tell: Callable[[str], None] = lambda _: None,
         restore: Callable[[World], None] = lambda _: None,
@@ -130,11 +129,7 @@ class World:
         """Image processes that are stopped just now."""
         self.tell = tell
         self._sql = sql
-        self._told = {
-            processes.TILE_SECONDS: str(tile_seconds),
-            processes.FENCE: "on" if fence else "off",
-            processes.START_METHOD: start_method,
-        }
+        self._told = {processes.TILE_SECONDS: str(tile_seconds), processes.FENCE: "on" if fence else "off"}
         self._receiver_faults, self._restore = receiver_faults, restore
         self._given = {**STEADY, **SHORT_LIVES, "worker_concurrency": image_processes, **settings}
         self._closing = ExitStack()

@@ -19,6 +19,8 @@ from tests.chaos.checker import check
 from tests.chaos.world import World
 
 PATIENCE_SECONDS = 120
+# On a busy machine hundreds of jobs take their time; what makes no progress is given up after a minute.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +39,6 @@ def usual(world: World) -> list[float]:
 
 def answers_since(world: World, count: int) -> Counter[int | None]:
     return Counter(line["status"] for line in world.history.lines("submit")[count:])
-
-
-def wait_until_done(world: World) -> None:
-    world.wait_until(lambda: world.open_jobs() == 0, seconds=PATIENCE_SECONDS)
 
 
 @pytest.mark.parametrize("mode", run.WITHOUT_REDIS)
@@ -62,7 +60,7 @@ def test_a_full_redis_holds_up_no_job_for_good(world: World) -> None:
     finally:
         world.redis.config_set("maxmemory", 0)
     assert answers_since(world, before) == {202: 10}
-    wait_until_done(world)
+    assert world.rest()
 
 
 def test_a_full_bucket_is_an_honest_503_and_running_jobs_wait_for_room(world: World) -> None:
@@ -74,7 +72,7 @@ def test_a_full_bucket_is_an_honest_503_and_running_jobs_wait_for_room(world: Wo
         # What was being enlarged has nowhere to go; it is given back and costs no attempt.
         world.wait_until(lambda: world.outcomes(jobs)["released"] > 0, seconds=PATIENCE_SECONDS)
     assert answers_since(world, before) == {503: 1}
-    wait_until_done(world)
+    assert world.rest()
     assert world.states(jobs) == {"succeeded": 2}
     assert world.outcomes(jobs)["lost"] == 0
 
@@ -99,7 +97,7 @@ def test_slow_sql_slows_everything_and_breaks_nothing(world: World) -> None:
         assert set(answers_since(world, before)) <= {202, 503, 409}
     finally:
         world.proxies["sql"].set("pass")
-    wait_until_done(world)
+    assert world.rest()
 
 
 def test_sql_that_does_not_get_on_is_an_honest_503_in_bounded_time(world: World) -> None:
@@ -112,4 +110,4 @@ def test_sql_that_does_not_get_on_is_an_honest_503_in_bounded_time(world: World)
         assert (status, job_id) == (503, None)
         assert time.monotonic() - began < 60
     assert world.submit("small")
-    wait_until_done(world)
+    assert world.rest()

@@ -362,22 +362,25 @@ class World:
     # --- the end ----------------------------------------------------------------------------------------------------
 
     def settle(self, *, seconds: float = PATIENCE_SECONDS) -> bool:
-        """Waits until every job and every event has ended, as long as any has within the last `seconds`; then writes
-        down the rows and blobs there are.
-
-        False where it was in vain: the checker will say what is open.
-        """
+        """`rest`, and then writes down the rows and blobs there are. Where it was in vain the checker says what is
+        open."""
         self.wait_for_customers()
         for thread in self._background:
             thread.join()
         self._background.clear()
+        rested = self.rest(seconds=seconds)
+        self._write_ledger()
+        return rested
+
+    def rest(self, *, seconds: float = PATIENCE_SECONDS) -> bool:
+        """Waits until every job and every event has ended, as long as any has within the last `seconds`; False where
+        that was in vain."""
         left, ends_at = self._open_ends(), time.monotonic() + seconds
         while left and time.monotonic() < ends_at:
             threading.Event().wait(0.1)
             still_left = self._open_ends()
             if still_left < left:
                 left, ends_at = still_left, time.monotonic() + seconds
-        self._write_ledger()
         return left == 0
 
     def open_jobs(self) -> int:

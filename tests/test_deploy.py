@@ -136,6 +136,12 @@ def test_alerts_and_dashboards_name_metrics_that_are_there() -> None:
     assert shown | metrics_named(" ".join(rule["expr"] for rule in rules)) == known
 
 
+def test_the_operators_page_says_what_each_alert_means() -> None:
+    rules = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text())["groups"][0]["rules"]
+    page = (ROOT / "docs" / "operating.md").read_text()
+    assert [rule["alert"] for rule in rules if f"`{rule['alert']}`" not in page] == []
+
+
 def test_labels_that_alerts_and_dashboards_ask_for_are_those_of_the_metric() -> None:
     kinds = {"kind", "worker", "le"}
     labels = {name: {*counted.labels, *kinds} for name, counted in COUNTED.items()}

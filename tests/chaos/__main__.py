@@ -42,13 +42,14 @@ PARTS = ("controls", "storm", "recovery")
 @click.command()
 @click.option("--seed", default=1, show_default=True, help="Decides the order of things, not their timing.")
 @click.option("--jobs", default=1500, show_default=True, type=click.IntRange(50), help="Pictures handed in.")
+@click.option("--share", default=1.0, show_default=True, help="How much of the storm's plan of faults is carried out.")
 @click.option("--kills", default=50, show_default=True, type=click.IntRange(2), help="Kills that recovery is timed by.")
 @click.option("--out", default="chaos-output", show_default=True, type=click.Path(file_okay=False, path_type=Path))
 @click.option("--only", "parts", multiple=True, type=click.Choice(PARTS), help="Only these parts; can be given twice.")
 @click.option("--check", "checked", type=click.Path(exists=True, path_type=Path), help="Only judge this history.")
 @click.option("--quiet", is_flag=True, help="Do not tell each fault.")
 def main(
-    seed: int, jobs: int, kills: int, out: Path, parts: tuple[str, ...], checked: Path | None, quiet: bool
+    seed: int, jobs: int, share: float, kills: int, out: Path, parts: tuple[str, ...], checked: Path | None, quiet: bool
 ) -> None:
     """Break Enlarger for some minutes and see whether it keeps its promises."""
     if checked is not None:
@@ -65,7 +66,7 @@ def main(
 
     works: dict[str, Callable[[Path], dict[str, Any]]] = {
         "controls": lambda folder: controls(folder, seed=seed, tell=tell),
-        "storm": lambda folder: storm(folder, seed=seed, jobs=jobs, tell=tell),
+        "storm": lambda folder: storm(folder, seed=seed, jobs=jobs, share=share, tell=tell),
         "recovery": lambda folder: recovery(folder, seed=seed, kills=kills, tell=tell),
     }
     rows: list[Row] = []
@@ -95,11 +96,12 @@ def controls(folder: Path, *, seed: int, tell: Callable[[str], None]) -> dict[st
     return {"lost_without_relay": len(lost), "double_effects_without_fence": len(doubled)}
 
 
-def storm(folder: Path, *, seed: int, jobs: int, tell: Callable[[str], None]) -> dict[str, Any]:
+def storm(folder: Path, *, seed: int, jobs: int, share: float, tell: Callable[[str], None]) -> dict[str, Any]:
     """Everything is broken, often, under load."""
+    plan = {name: max(1, round(times * share)) for name, times in run.LONG.items()}
     with World(folder, seed=seed, sql="postgresql", image_processes=3, tell=tell) as world:
         run.submits_without_redis(world, count=50)
-        run.storm(world, run.LONG, jobs=jobs, poison=max(10, jobs // 150), longest_fault_seconds=1.5)
+        run.storm(world, plan, jobs=jobs, poison=max(10, jobs // 150), longest_fault_seconds=1.5)
         tell("Nothing is broken any more; the rest is waited for.")
         world.settle()
         violations = [str(violation) for violation in check(world.history)]
@@ -110,8 +112,7 @@ def storm(folder: Path, *, seed: int, jobs: int, tell: Callable[[str], None]) ->
 def recovery(folder: Path, *, seed: int, kills: int, tell: Callable[[str], None]) -> dict[str, Any]:
     """Kills in mid-job, with the product's own settings."""
     lives = run.default_lives()
-    slow: dict[str, Any] = {"image_processes": 8, "tile_seconds": 0.25, "start_method": "spawn", "receiver_faults": 0}
-    with World(folder, seed=seed, tell=tell, **slow, **lives) as world:
+    with World(folder, seed=seed, image_processes=8, tile_seconds=0.25, receiver_faults=0, tell=tell, **lives) as world:
         run.kill_in_mid_job(world, kills=kills)
         world.settle()
         violations = [str(violation) for violation in check(world.history)]

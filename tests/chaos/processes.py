@@ -27,11 +27,6 @@ TILE_SECONDS = "CHAOS_TILE_SECONDS"
 FENCE = "CHAOS_FENCE"
 """`off` lets late attempts write: the control in which the checker must find double effects."""
 
-START_METHOD = "CHAOS_START_METHOD"
-"""How children of the image worker start: `spawn` as the product's do, each loading torch anew, or `fork` from a main
-process that has it. A run with a hundred killed children would else be mostly imports. The paced network uses none of
-torch's threads, which are what does not survive a fork."""
-
 POISON = (1.0, 0.0, 254 / 255)
 """A picture whose first pixel has this colour kills the process that works on it, as a fault in native code would."""
 
@@ -79,10 +74,12 @@ def api() -> Any:
 def _images() -> Celery:
     app = images_app(load())
     app.loader_cls = f"{__name__}:Loader"
-    app.conf.worker_pool_start_method = os.environ[START_METHOD]
-    if app.conf.worker_pool_start_method == "fork":
-        import tests.worker.a_network  # noqa: F401
-        import worker.execute  # noqa: F401  (for the children)
+    # The product's children are spawned and load torch each, since its threads do not survive a fork. The paced network
+    # uses none of them, and a run with a hundred killed children would else be mostly imports.
+    app.conf.worker_pool_start_method = "fork"
+    import tests.worker.a_network  # noqa: F401
+    import worker.execute  # noqa: F401  (for the children)
+
     return app
 
 

@@ -112,7 +112,6 @@ class World:
         image_processes: int = 2,
         tile_seconds: float = 0.05,
         fence: bool = True,
-        start_method: Literal["fork", "spawn"] = "fork",
         receiver_faults: float = 0.3,
         tell: Callable[[str], None] = lambda _: None,
         restore: Callable[[World], None] = lambda _: None,
@@ -130,11 +129,7 @@ class World:
         """Image processes that are stopped just now."""
         self.tell = tell
         self._sql = sql
-        self._told = {
-            processes.TILE_SECONDS: str(tile_seconds),
-            processes.FENCE: "on" if fence else "off",
-            processes.START_METHOD: start_method,
-        }
+        self._told = {processes.TILE_SECONDS: str(tile_seconds), processes.FENCE: "on" if fence else "off"}
         self._receiver_faults, self._restore = receiver_faults, restore
         self._given = {**STEADY, **SHORT_LIVES, "worker_concurrency": image_processes, **settings}
         self._closing = ExitStack()
@@ -367,22 +362,25 @@ class World:
     # --- the end ----------------------------------------------------------------------------------------------------
 
     def settle(self, *, seconds: float = PATIENCE_SECONDS) -> bool:
-        """Waits until every job and every event has ended, as long as any has within the last `seconds`; then writes
-        down the rows and blobs there are.
-
-        False where it was in vain: the checker will say what is open.
-        """
+        """`rest`, and then writes down the rows and blobs there are. Where it was in vain the checker says what is
+        open."""
         self.wait_for_customers()
         for thread in self._background:
             thread.join()
         self._background.clear()
+        rested = self.rest(seconds=seconds)
+        self._write_ledger()
+        return rested
+
+    def rest(self, *, seconds: float = PATIENCE_SECONDS) -> bool:
+        """Waits until every job and every event has ended, as long as any has within the last `seconds`; False where
+        that was in vain."""
         left, ends_at = self._open_ends(), time.monotonic() + seconds
         while left and time.monotonic() < ends_at:
             threading.Event().wait(0.1)
             still_left = self._open_ends()
             if still_left < left:
                 left, ends_at = still_left, time.monotonic() + seconds
-        self._write_ledger()
         return left == 0
 
     def open_jobs(self) -> int:

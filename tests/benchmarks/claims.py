@@ -48,7 +48,8 @@ def fill(session: Session, queued: int) -> list[str]:
     first = a_job(session, a_key(session, now), now)
     facts = {column.name: getattr(first, column.name) for column in Job.__table__.columns}
     copies = [{**facts, "id": jobs.new_job_id(now)} for _ in range(queued - 1)]
-    session.execute(insert(Job), copies)
+    for start in range(0, len(copies), 500):
+        session.execute(insert(Job), copies[start : start + 500])
     return [first.id, *(copy["id"] for copy in copies)]
 
 

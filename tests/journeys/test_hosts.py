@@ -27,7 +27,7 @@ from shared import jobs, stack
 from shared.db import Database, clock
 from shared.jobs import JobInput
 from shared.models import Attempt, Job, JobState, Worker
-from shared.outbox import Broker, relay_due
+from shared.outbox import Broker
 from shared.servers import Server
 from shared.settings import Settings
 from shared.storage import Storage
@@ -247,10 +247,7 @@ def fleet(
         stopping = threading.Event()
         broker = Broker(here)
         closing_all.callback(broker.close)
-        steps = [
-            relay.Step("rescue", 0.2, lambda: relay.rescue(database, here)),
-            relay.Step("publish", 0.2, lambda: relay_due(database, broker, here, stopping=stopping.is_set) and None),
-        ]
+        steps = relay.steps(database, broker, here, stopping)
         running = threading.Thread(target=relay.run, args=(steps, stopping))
         running.start()
         closing_all.callback(running.join)

@@ -52,7 +52,7 @@ def make_targets() -> set[str]:
 def test_make_alone_says_what_there_is_with_a_sentence_each() -> None:
     said = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     lines = dict(re.findall(r"^ +make ([a-z]+) +(.+)$", said, re.MULTILINE))
-    assert set(lines) == {"help", "demo", "up", "test", "lint", "bench", "images"} == make_targets()
+    assert set(lines) == make_targets()
     assert all(sentence.endswith(".") for sentence in lines.values())
 
 

@@ -270,7 +270,8 @@ class Container:
     def _main_process(self) -> int:
         """The first below buildah that runs as the image's user."""
         for pid in self._processes():
-            if str(Path(f"/proc/{pid}").stat().st_uid) == self._image["User"]:
+            # Not the owner of /proc/<pid>: that is root for a process that has changed its user.
+            if f"\nUid:\t{self._image['User']}\t" in Path(f"/proc/{pid}/status").read_text():
                 return pid
         raise AssertionError(f"{self.service} has no process that runs as {self._image['User']}")
 
@@ -279,8 +280,10 @@ class Container:
         assert self._process is not None
         found = [self._process.pid]
         for pid in found:
-            with suppress(FileNotFoundError):
-                found += [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+            # Of every thread: Go starts processes from any of them.
+            for children in Path(f"/proc/{pid}/task").glob("*/children"):
+                with suppress(OSError):
+                    found += [int(word) for word in children.read_text().split()]
         return found[1:]
 
 

@@ -1,0 +1,298 @@
+"""Two hosts, as the kernel sees them: image workers in network namespaces of their own, each with its own address and
+name, from which SQL, Redis and S3 can be reached and nothing else. One is cut off in the middle of a job."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from sqlalchemy import select
+from sqlalchemy.engine import make_url
+
+import migrations
+from shared import jobs, stack
+from shared.db import Database, clock
+from shared.jobs import JobInput
+from shared.models import Attempt, Job, JobState, Worker
+from shared.outbox import Broker
+from shared.servers import Server
+from shared.settings import Settings
+from shared.storage import Storage
+from tests.conftest import STACK_SETTINGS, new_postgresql_database, wait_until
+from tests.factories import a_key, a_png, options
+from worker import relay
+
+SIDE_PX = 72
+"""At 24 px a tile a job of this size takes seconds: long enough to be met in the middle."""
+
+
+def can_make_hosts() -> bool:
+    if os.geteuid() != 0 or not shutil.which("ip") or not shutil.which("unshare"):
+        return False
+    name = f"enl-try-{os.getpid()}"
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0
+    subprocess.run(["ip", "netns", "del", name], capture_output=True)
+    return made
+
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not can_make_hosts(), reason="network namespaces need root and iproute2"),
+]
+
+
+class Door:
+    """Lets what connects to `host` through to one server of the loopback interface, on a port of its own."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._listener = socket.create_server((host, 0))
+        self._target = ("127.0.0.1", port)
+        self.port: int = self._listener.getsockname()[1]
+        self._open: list[socket.socket] = []
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                outside, _ = self._listener.accept()
+            except OSError:
+                return
+            inside = socket.create_connection(self._target)
+            self._open += [outside, inside]
+            for source, target in ((outside, inside), (inside, outside)):
+                threading.Thread(target=_pass_on, args=(source, target), daemon=True).start()
+
+    def close(self) -> None:
+        # Wakes the thread that accepts.
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for end in self._open:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+
+def _pass_on(source: socket.socket, target: socket.socket) -> None:
+    """One direction of a connection, until either end is over; then both are."""
+    with suppress(OSError):
+        while chunk := source.recv(65536):
+            target.sendall(chunk)
+    for end in (source, target):
+        with suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+@dataclass
+class Host:
+    """A namespace at the other end of a cable, with one image worker."""
+
+    name: str
+    link: str
+    process: subprocess.Popen[bytes]
+
+    def cut_off(self) -> None:
+        ip("link", "set", self.link, "down")
+
+    def reconnect(self) -> None:
+        ip("link", "set", self.link, "up")
+
+
+def a_host(closing_all: ExitStack, number: int, settings: Settings, folder: Path) -> Host:
+    """Made, cabled and at work; `settings` name servers of this machine's loopback interface."""
+    # Names of links are short: 15 signs.
+    name, link = f"enl-{os.getpid()}-{number}", f"enl{os.getpid()}-{number}"
+    here, there = f"10.213.{number}.1", f"10.213.{number}.2"
+    ip("netns", "add", name)
+    closing_all.callback(subprocess.run, ["ip", "netns", "del", name], capture_output=True)
+    # By itself it would go with the namespace, which lives as long as anything in it.
+    closing_all.callback(subprocess.run, ["ip", "link", "del", link], capture_output=True)
+    ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", name)
+    ip("address", "add", f"{here}/30", "dev", link)
+    ip("link", "set", link, "up")
+    ip("-n", name, "address", "add", f"{there}/30", "dev", "eth0")
+    ip("-n", name, "link", "set", "eth0", "up")
+    ip("-n", name, "link", "set", "lo", "up")
+
+    def through_a_door(url: str) -> str:
+        parts = urlsplit(url)
+        door = closing_all.enter_context(closing(Door(here, parts.port or 0)))
+        return url.replace(f"{parts.hostname}:{parts.port}", f"{here}:{door.port}")
+
+    theirs = settings.model_copy(
+        update={
+            # The data folder is this host's own, and what it has measured there with it.
+            "data_dir": folder / name,
+            "database_url": through_a_door(settings.database_url),
+            "redis_url": through_a_door(settings.redis_url),
+            "storage_endpoint_url": through_a_door(settings.storage_endpoint_url),
+        }
+    )
+    (folder / name).mkdir()
+    environ = {
+        **{key: value for key, value in os.environ.items() if not key.startswith("ENLARGER_")},
+        **stack.environ_of(theirs),
+        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+        "TMPDIR": str(folder / name),
+        "NO_PROXY": "*",
+    }
+    words = stack.command("images", theirs)
+    named = ["unshare", "--uts", "sh", "-c", f'hostname host-{number}; exec "$@"', "sh", *words]
+    log = closing_all.enter_context((folder / f"host-{number}.log").open("wb"))
+    process = subprocess.Popen(
+        ["ip", "netns", "exec", name, *named],
+        env=stack.environ_for("images", environ),
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        cwd=folder,
+    )
+    closing_all.callback(process.wait)
+    closing_all.callback(os.killpg, process.pid, 9)
+    return Host(f"host-{number}", link, process)
+
+
+@dataclass
+class Fleet:
+    database: Database
+    storage: Storage
+    hosts: dict[str, Host]
+    key_id: str
+
+    def submit(self, count: int) -> list[str]:
+        picture = a_png(SIDE_PX, SIDE_PX)
+        ids = []
+        with self.database.transaction() as session:
+            now = clock(session)
+            for _ in range(count):
+                job_id = jobs.new_job_id(now)
+                prefix = jobs.blob_prefix(job_id)
+                facts = (SIDE_PX, SIDE_PX, "png", len(picture), hashlib.sha256(picture).hexdigest())
+                handed_in = JobInput(job_id, prefix, f"{prefix}/input", *facts)
+                self.storage.put(handed_in.key, io.BytesIO(picture), "image/png")
+                jobs.submit(
+                    session,
+                    owner_key_id=self.key_id,
+                    options=options(),
+                    picture=handed_in,
+                    max_attempts=3,
+                    max_queued_jobs=1000,
+                    now=now,
+                )
+                ids.append(job_id)
+        return ids
+
+    def working(self) -> dict[str, str]:
+        """host -> the job that it works on, as its row says; hosts that have said nothing yet are left out."""
+        with self.database.reading() as session:
+            rows = session.execute(select(Worker.host, Worker.current_job_id).where(Worker.kind == "images")).all()
+        return {row.host: row.current_job_id or "" for row in rows}
+
+    def attempts(self, job_id: str) -> list[tuple[str, str | None]]:
+        """(host, outcome) of each attempt at the job, in order."""
+        with self.database.reading() as session:
+            rows = session.execute(
+                select(Worker.host, Attempt.outcome)
+                .join(Worker, Worker.id == Attempt.worker_id)
+                .where(Attempt.job_id == job_id)
+                .order_by(Attempt.number)
+            )
+            return [(row.host, row.outcome) for row in rows]
+
+    def unfinished(self) -> int:
+        with self.database.reading() as session:
+            states = session.scalars(select(Job.state)).all()
+        assert JobState.FAILED not in states
+        return sum(state != JobState.SUCCEEDED for state in states)
+
+
+@pytest.fixture
+def fleet(
+    postgresql_server: Server, redis_url: str, s3: Any, settings: Settings, storage: Storage, tmp_path: Path
+) -> Iterator[Fleet]:
+    with ExitStack() as closing_all:
+        url = closing_all.enter_context(new_postgresql_database(postgresql_server.url, "enlarger_hosts"))
+        migrations.upgrade(url)
+        database = closing_all.enter_context(closing(Database(url)))
+        here = settings.model_copy(
+            update={
+                **STACK_SETTINGS,
+                "database_url": make_url(url).render_as_string(hide_password=False),
+                "worker_concurrency": 1,
+                "torch_threads": 1,
+                "worker_lost_after_seconds": 6.0,
+                "worker_device": "cpu",
+            }
+        )
+        with database.transaction() as session:
+            key = a_key(session, clock(session))
+        # The relay stays on this side, as it would on a third host.
+        stopping = threading.Event()
+        broker = Broker(here)
+        closing_all.callback(broker.close)
+        steps = relay.steps(database, broker, here, stopping)
+        running = threading.Thread(target=relay.run, args=(steps, stopping))
+        running.start()
+        closing_all.callback(running.join)
+        closing_all.callback(stopping.set)
+        hosts = {f"host-{n}": a_host(closing_all, n, here, tmp_path) for n in (1, 2)}
+        made = Fleet(database, storage, hosts, key.id)
+        wait_until(lambda: set(made.working()) == set(hosts), seconds=200, what="both hosts to enlist")
+        yield made
+
+
+def test_a_host_that_is_cut_off_in_mid_job_loses_nothing(fleet: Fleet) -> None:
+    # Given jobs on both hosts,
+    ids = fleet.submit(4)
+    wait_until(lambda: all(fleet.working().values()), seconds=60, what="both hosts to have a job")
+    # when one's cable is pulled,
+    lost = fleet.working()["host-1"]
+    fleet.hosts["host-1"].cut_off()
+    # then the other does all that is left, the lost one's job among it, and each has one result.
+    wait_until(lambda: fleet.unfinished() == 0, seconds=200, what="every job to succeed")
+    assert fleet.attempts(lost)[:2] == [("host-1", "lost"), ("host-2", "succeeded")]
+    assert {host for job_id in ids for host, _ in fleet.attempts(job_id)} == {"host-1", "host-2"}
+    # And when the cable is back, the host has changed nothing of that, and works again.
+    fleet.hosts["host-1"].reconnect()
+
+    def works_again() -> bool:
+        more = fleet.submit(2)
+        wait_until(lambda: fleet.unfinished() == 0, seconds=100, what="two more jobs to succeed")
+        return any(host == "host-1" for job_id in more for host, _ in fleet.attempts(job_id))
+
+    wait_until(works_again, seconds=200, what="the host that was cut off to work again")
+    assert fleet.attempts(lost)[:2] == [("host-1", "lost"), ("host-2", "succeeded")]
+    with fleet.database.reading() as session:
+        keys = {job.id: job.result_key for job in session.scalars(select(Job))}
+    for job_id, key in keys.items():
+        assert key is not None
+        results = [each for each in fleet.storage.keys(f"jobs/{job_id}/") if "/result-" in each]
+        assert key in results
+
+
+def test_a_host_reaches_nothing_but_its_servers(fleet: Fleet) -> None:
+    # Some server of this machine that no door leads to.
+    with socket.create_server(("0.0.0.0", 0)) as other:
+        port = other.getsockname()[1]
+        program = f"import socket; socket.create_connection(('127.0.0.1', {port}), 2)"
+        name = f"enl-{os.getpid()}-1"
+        ran = subprocess.run(["ip", "netns", "exec", name, sys.executable, "-c", program], capture_output=True)
+    assert ran.returncode != 0
+    assert b"refused" in ran.stderr

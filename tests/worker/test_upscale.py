@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from shared.catalog import card
-from shared.errors import BadOutput, DeviceBroken, ModelUnavailable, OutOfMemory
+from shared.errors import BadOutput, DeviceBroken, InvalidRequest, ModelUnavailable, OutOfMemory
 from worker import upscale as upscale_module
 from worker.networks import Network, load
 from worker.networks.srresnet import SrResNet, _ResidualBlock
@@ -576,7 +576,7 @@ def test_work_for_another_picture_or_scale_is_refused(small: Network) -> None:
 
 @pytest.mark.parametrize("scale", [0, -1, 17])
 def test_scales_that_are_not_offered_are_refused(small: Network, scale: int) -> None:
-    with pytest.raises(ValueError, match="The scale is 1 to 16"):
+    with pytest.raises(InvalidRequest, match="The scale of srgan is 1 to 16"):
         plan_work(small, 10, 10, scale)
 
 

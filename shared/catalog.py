@@ -94,8 +94,8 @@ EXACT = "Exact: a tiled result differs from the whole-picture result by at most 
 
 
 HALO_OF_RRDB = (
-    "Measured, not proven: the network sees {reach} px around a tile and is given {halo}. In crops of sample photographs "
-    "no pixel of a tile differed by more than 1 level of 255 from one that was given 112 px."
+    "Measured, not proven: the network sees {reach} px around a tile and is given {halo}. In crops of sample "
+    "photographs no pixel of a tile differed by more than 1 level of 255 from one that was given 112 px."
 )
 
 

@@ -49,7 +49,7 @@ from shared.storage import Storage
 from shared.telemetry import log, tallies
 from shared.traces import Phases, Traces
 from shared.workers import Presence
-from worker import preview, upscale
+from worker import contact_sheet, upscale
 from worker.decoding import Sandboxed
 from worker.enlarging import Engine, Enlarged, Onlooker, Progress, Wanted
 from worker.networks import own
@@ -535,7 +535,7 @@ class Executor:
         engine = self._engines[device]
         if job.preview is None:
             return engine.enlarge_file(source, target, wanted_of(job), lifeline, *onlookers)
-        return preview.make(
+        return contact_sheet.make(
             engine,
             source,
             target,

@@ -13,7 +13,7 @@ from PIL import Image
 from shared.errors import ModelUnavailable
 from tests.worker import a_network
 from tests.worker.test_enlarging import Listing, a_file, ramp
-from worker import preview
+from worker import contact_sheet
 from worker.enlarging import Engine, Enlarged, Unwatched
 
 CROP = {"x": 3, "y": 2, "width": 10, "height": 8}
@@ -29,7 +29,7 @@ def sheet(
     engine: Engine, folder: Path, file: io.BytesIO, models: tuple[str, ...], scale: int = 4, watch: Any = None
 ) -> tuple[Image.Image, Enlarged]:
     target = folder / "sheet.png"
-    made = preview.make(engine, file, target, crop=CROP, models=models, scale=scale, watch=watch or Unwatched())
+    made = contact_sheet.make(engine, file, target, crop=CROP, models=models, scale=scale, watch=watch or Unwatched())
     with Image.open(target) as opened:
         picture = opened.copy()
     assert picture.size == (made.width, made.height)

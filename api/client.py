@@ -413,15 +413,48 @@ class AsyncClient:
         **options: Unpack[JobOptions],
     ) -> Job:
         """Hands in one picture: a file, its bytes, an address the service fetches, or an upload."""
+        return await self._hand_in("/v1/jobs", picture, name, image_url, upload_id, idempotency_key, on_sent, options)
+
+    async def preview(
+        self,
+        picture: Path | bytes | None = None,
+        *,
+        name: str | None = None,
+        image_url: str | None = None,
+        upload_id: str | None = None,
+        idempotency_key: str | None = None,
+        on_sent: OnBytes | None = None,
+        **options: Unpack[PreviewOptions],
+    ) -> Job:
+        """Hands in one picture to see a crop of it through several models."""
+        path = "/v1/previews"
+        return await self._hand_in(path, picture, name, image_url, upload_id, idempotency_key, on_sent, options)
+
+    async def report(self, job_id: str) -> Mapping[str, Any]:
+        """How true the job's result is to its input."""
+        report: Mapping[str, Any] = (await self._call("GET", f"/v1/jobs/{job_id}/report")).json()
+        return report
+
+    async def _hand_in(
+        self,
+        path: str,
+        picture: Path | bytes | None,
+        name: str | None,
+        image_url: str | None,
+        upload_id: str | None,
+        idempotency_key: str | None,
+        on_sent: OnBytes | None,
+        options: Mapping[str, Any],
+    ) -> Job:
         source = _one_source(picture, image_url, upload_id)
         headers = {"Idempotency-Key": idempotency_key or secrets.token_urlsafe(24)}
         if picture is None:
-            answer = await self._call("POST", "/v1/jobs", headers=headers, json={**source, **options})
+            answer = await self._call("POST", path, headers=headers, json={**source, **options})
             return Job(answer.json())
 
         async def send() -> httpx.Response:
             with _as_form(picture, name, options, on_sent) as form:
-                return await self._http.post("/v1/jobs", headers=headers, **form)
+                return await self._http.post(path, headers=headers, **form)
 
         return Job((await self._patiently(send)).json())
 

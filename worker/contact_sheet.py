@@ -17,6 +17,7 @@ from shared.catalog import PREVIEW
 from shared.errors import BadOutput, InvalidRequest, ModelUnavailable
 from worker import codec, upscale
 from worker.enlarging import Engine, Enlarged, Onlooker, Progress, Watch
+from worker.networks import Network
 
 LABEL_PX = 28
 GAP_PX = 8
@@ -74,7 +75,11 @@ def make(
         begun = time.perf_counter()
         error = None
         try:
-            made = _enlarged(engine, model, seen, scale, watch, number, len(models))
+            network = engine.network(model)
+            # Loading it and learning its speed is not what the next picture will wait for.
+            network.pixels_per_second()
+            begun = time.perf_counter()
+            made = _enlarged(network, seen, scale, watch, number, len(models))
             sheet.paste(Image.fromarray(made), (x, y))
         except (ModelUnavailable, BadOutput, InvalidRequest) as problem:
             error = problem.detail
@@ -99,13 +104,13 @@ def make(
 
 
 def _enlarged(
-    engine: Engine, model: str, seen: NDArray[np.uint8], scale: int, watch: Watch, number: int, of: int
+    network: Network, seen: NDArray[np.uint8], scale: int, watch: Watch, number: int, of: int
 ) -> NDArray[np.uint8]:
     def on_tile(done: int, total: int) -> None:
         # Every model counts alike, whatever its work: a bar that moves is all that is needed.
         watch.progressed(Progress(number * total + done, of * total, number, of, None))
 
-    rows = upscale.enlarge(engine.network(model), seen, scale, on_tile=on_tile, dtype=np.uint8)
+    rows = upscale.enlarge(network, seen, scale, on_tile=on_tile, dtype=np.uint8)
     return np.concatenate([each.pixels for each in rows])
 
 

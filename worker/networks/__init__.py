@@ -34,6 +34,8 @@ Where a card has no weights the bytes are none."""
 PROBE_PX = 64
 """Side of the square that is timed to learn a device's speed: some 0.1 s on two cores."""
 PROBES = 6
+PROBE_SECONDS = 2.0
+"""No further probe after this: of a large network one takes longer, and nobody hears of progress meanwhile."""
 
 
 class Network:
@@ -127,11 +129,14 @@ class Network:
         """
         if self._pixels_per_second == 0:
             probe = torch.full((1, 3, PROBE_PX, PROBE_PX), 0.5)
+            ends_at = time.perf_counter() + PROBE_SECONDS
             for _ in range(PROBES):
                 started = time.perf_counter()
                 # Copying to the host waits for a GPU to finish.
                 self(probe, half=self.prefers_half).cpu()
                 self.observe(self.multiply_adds(PROBE_PX**2, PROBE_PX**2), time.perf_counter() - started)
+                if time.perf_counter() > ends_at:
+                    break
         return self._pixels_per_second
 
     def observe(self, multiply_adds: int, seconds: float) -> None:

@@ -11,7 +11,7 @@ from werkzeug.datastructures import FileStorage
 from werkzeug.exceptions import BadRequest, UnsupportedMediaType
 
 from api.context import Context
-from api.schemas import BatchRequest, JobRequest, JobSettings
+from api.schemas import BatchRequest, JobRequest, JobSettings, PreviewRequest
 from api.uploads import Source
 from shared.errors import InvalidRequest
 
@@ -21,7 +21,7 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 MAX_JSON_BYTES = 4 * 1024 * 1024
 PICTURE_PART = "image"
 # Fields that hold several values; in a form they are repeated, or separated by commas.
-_LIST_FIELDS = frozenset({"webhook_events"})
+_LIST_FIELDS = frozenset({"webhook_events", "models", "crop"})
 
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _PREFER_WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,6})\"?\s*(?:$|[,;])", re.IGNORECASE)
@@ -42,12 +42,15 @@ def query(model: type[ModelT]) -> ModelT:
     return checked(model, {name: value for name, value in request.args.items() if value != ""})
 
 
-def job() -> tuple[JobRequest, Source]:
+PictureT = TypeVar("PictureT", JobRequest, PreviewRequest)
+
+
+def picture(model: type[PictureT]) -> tuple[PictureT, Source]:
     """A form with the part `image`, or JSON naming a source; exactly one source in all."""
     if request.mimetype == "multipart/form-data":
-        asked, bodies = checked(JobRequest, _form()), _pictures()
+        asked, bodies = checked(model, _form()), _pictures()
     else:
-        asked, bodies = json_body(JobRequest), []
+        asked, bodies = json_body(model), []
     named = [name for name in (asked.image_url, asked.upload_id, asked.input_of) if name is not None]
     if len(bodies) + len(named) != 1:
         raise invalid(PICTURE_PART, "send exactly one of: a form's part image, image_url, upload_id, input_of")

@@ -208,6 +208,66 @@ def fetch(job_id: str, output: Path, of_input: bool, wait: bool, as_json: bool) 
 
 
 @main.command()
+@click.argument("picture")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Save the sheet here.  [default: beside PICTURE]")
+@click.option("--models", help="Names with commas between.  [default: all of `enlarger models`]")
+@click.option("--crop", help="x,y,width,height in px, 256 a side at most.  [default: the middle]")
+@click.option("--scale", type=click.IntRange(1, 8), help="Enlargement of each side.  [default: 4]")
+@click.option("--device", type=click.Choice(["auto", "gpu", "cpu"]), help="Where it is to run.")
+@as_json
+def preview(
+    picture: str, output: Path | None, models: str | None, crop: str | None, as_json: bool, **options: Any
+) -> None:
+    """See one crop of PICTURE through every model, side by side in one PNG: choose by looking, then submit."""
+    source = _source(picture)
+    asked: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    if models:
+        asked["models"] = models.split(",")
+    if crop:
+        try:
+            asked["crop"] = [int(part) for part in crop.split(",")]
+        except ValueError as error:
+            raise click.BadParameter("four whole numbers with commas between", param_hint="--crop") from error
+    target = output or Path(f"{source.name.stem}-preview.png")
+    if target.is_dir():
+        target = target / f"{source.name.stem}-preview.png"
+    with _client() as client, _bars() as bars:
+        task = bars.add_task(source.name.name, total=None, note="sending")
+        job = (
+            client.preview(image_url=source.word, **asked)
+            if source.path is None
+            else client.preview(source.path, **asked)
+        )
+        job = client.wait(job.id, on_progress=partial(_show, bars, task))
+        if job.succeeded:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            client.fetch(job.id, target)
+    if as_json:
+        _print_json({"job": job.view, "path": str(target) if job.succeeded else None})
+    elif job.error is not None:
+        click.echo(f"{picture}: {job.id} {job.status}: {job.error['detail']}", err=True)
+    else:
+        for cell in job.view["preview"]["cells"]:
+            click.echo(f"{cell['model']:<20} {cell['error'] or format(cell['seconds'], '.1f') + ' s'}")
+        click.echo(str(target))
+    sys.exit(0 if job.succeeded else 1)
+
+
+@main.command()
+@click.argument("job_id")
+@as_json
+def report(job_id: str, as_json: bool) -> None:
+    """Say how true the result of a job is to its input."""
+    with _client() as client:
+        found = client.report(job_id)
+    if as_json:
+        _print_json(found)
+        return
+    for name, value in found.items():
+        click.echo(f"{name.replace('_', ' '):<20} {'-' if value is None else value}")
+
+
+@main.command()
 @click.argument("job_ids", metavar="JOB_ID...", nargs=-1, required=True)
 @as_json
 def cancel(job_ids: tuple[str, ...], as_json: bool) -> None:
@@ -281,10 +341,16 @@ def models(as_json: bool) -> None:
     _print_table(
         ("name", "scale", "licence", "loaded on", "what it is"),
         (
-            (m["name"], f"x{m['scale']}", m["licence"], ", ".join(m.get("loaded_on") or ()) or "-", m["summary"])
+            (m["name"], _scales(m), m["licence"], ", ".join(m.get("loaded_on") or ()) or "-", m["summary"])
             for m in found
         ),
     )
+
+
+def _scales(model: Mapping[str, Any]) -> str:
+    """`x4`; `x2 x3 x4`; `x1 to x16` where there is a network, or none is needed, for each."""
+    scales = model.get("scales") or [model["scale"]]
+    return f"x{scales[0]} to x{scales[-1]}" if len(scales) > 4 else " ".join(f"x{scale}" for scale in scales)
 
 
 # --- handing in pictures --------------------------------------------------------------------------------------------
@@ -494,6 +560,7 @@ def _facts(job: Job) -> list[tuple[str, str]]:
         ("id", job.id),
         ("status", job.status),
         ("model", f"{view['model']} x{view['scale']} on {view['device']}, attempt {view['attempt']}"),
+        ("chosen", str((view.get("routing") or {}).get("reason", ""))),
         (
             "progress",
             f"{job.fraction:.0%}, {progress['phase']}, {progress['bands_done']}/{progress['bands_total']} bands",

@@ -66,6 +66,20 @@ class JobOptions(TypedDict, total=False):
     webhook_events: Sequence[str]
 
 
+class PreviewOptions(TypedDict, total=False):
+    """Fields of a preview, as `POST /v1/previews` takes them."""
+
+    models: Sequence[str]
+    crop: Sequence[int]
+    """x, y, width, height in px of the picture."""
+    scale: int
+    device: str
+    priority: str
+    ttl_seconds: int
+    external_id: str
+    webhook_url: str
+
+
 class Refused(EnlargerError):
     """The service answered with a problem (RFC 9457)."""
 
@@ -177,16 +191,49 @@ class Client:
 
         `name` is the file name to remember; a path has one. `on_sent` follows the sending.
         """
+        return self._hand_in("/v1/jobs", picture, name, image_url, upload_id, idempotency_key, on_sent, options)
+
+    def preview(
+        self,
+        picture: Path | bytes | None = None,
+        *,
+        name: str | None = None,
+        image_url: str | None = None,
+        upload_id: str | None = None,
+        idempotency_key: str | None = None,
+        on_sent: OnBytes | None = None,
+        **options: Unpack[PreviewOptions],
+    ) -> Job:
+        """Hands in one picture to see a crop of it through several models, all there are without `models`. The job's
+        result is one PNG; `view["preview"]["cells"]` says where each model's answer lies."""
+        return self._hand_in("/v1/previews", picture, name, image_url, upload_id, idempotency_key, on_sent, options)
+
+    def report(self, job_id: str) -> Mapping[str, Any]:
+        """How true the job's result is to its input. Refused where there is none."""
+        report: Mapping[str, Any] = self._call("GET", f"/v1/jobs/{job_id}/report").json()
+        return report
+
+    def _hand_in(
+        self,
+        path: str,
+        picture: Path | bytes | None,
+        name: str | None,
+        image_url: str | None,
+        upload_id: str | None,
+        idempotency_key: str | None,
+        on_sent: OnBytes | None,
+        options: Mapping[str, Any],
+    ) -> Job:
         source = _one_source(picture, image_url, upload_id)
         headers = {"Idempotency-Key": idempotency_key or secrets.token_urlsafe(24)}
         if picture is None:
-            answer = self._call("POST", "/v1/jobs", headers=headers, json={**source, **options})
+            answer = self._call("POST", path, headers=headers, json={**source, **options})
             return Job(answer.json())
 
         def send() -> httpx.Response:
             # Opened for each try: a file that was sent in part must be sent again from its start.
             with _as_form(picture, name, options, on_sent) as form:
-                return self._http.post("/v1/jobs", headers=headers, **form)
+                return self._http.post(path, headers=headers, **form)
 
         return Job(self._patiently(send).json())
 
@@ -366,15 +413,48 @@ class AsyncClient:
         **options: Unpack[JobOptions],
     ) -> Job:
         """Hands in one picture: a file, its bytes, an address the service fetches, or an upload."""
+        return await self._hand_in("/v1/jobs", picture, name, image_url, upload_id, idempotency_key, on_sent, options)
+
+    async def preview(
+        self,
+        picture: Path | bytes | None = None,
+        *,
+        name: str | None = None,
+        image_url: str | None = None,
+        upload_id: str | None = None,
+        idempotency_key: str | None = None,
+        on_sent: OnBytes | None = None,
+        **options: Unpack[PreviewOptions],
+    ) -> Job:
+        """Hands in one picture to see a crop of it through several models."""
+        path = "/v1/previews"
+        return await self._hand_in(path, picture, name, image_url, upload_id, idempotency_key, on_sent, options)
+
+    async def report(self, job_id: str) -> Mapping[str, Any]:
+        """How true the job's result is to its input."""
+        report: Mapping[str, Any] = (await self._call("GET", f"/v1/jobs/{job_id}/report")).json()
+        return report
+
+    async def _hand_in(
+        self,
+        path: str,
+        picture: Path | bytes | None,
+        name: str | None,
+        image_url: str | None,
+        upload_id: str | None,
+        idempotency_key: str | None,
+        on_sent: OnBytes | None,
+        options: Mapping[str, Any],
+    ) -> Job:
         source = _one_source(picture, image_url, upload_id)
         headers = {"Idempotency-Key": idempotency_key or secrets.token_urlsafe(24)}
         if picture is None:
-            answer = await self._call("POST", "/v1/jobs", headers=headers, json={**source, **options})
+            answer = await self._call("POST", path, headers=headers, json={**source, **options})
             return Job(answer.json())
 
         async def send() -> httpx.Response:
             with _as_form(picture, name, options, on_sent) as form:
-                return await self._http.post("/v1/jobs", headers=headers, **form)
+                return await self._http.post(path, headers=headers, **form)
 
         return Job((await self._patiently(send)).json())
 

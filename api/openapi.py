@@ -253,10 +253,16 @@ def _body(about: Operation, body: type[BaseModel], references: Mapping[Any, Any]
             "schema": {
                 "type": "object",
                 "required": ["image"],
-                "properties": {"image": image, **_plain_properties(JobSettings)},
+                "properties": {"image": image, **_form_fields(about, body)},
             }
         }
     return {"required": not about.body_is_optional, "content": content}
+
+
+def _form_fields(about: Operation, body: type[BaseModel]) -> dict[str, dict[str, Any]]:
+    """What a form may say beside its pictures, which stand in place of the fields that name one."""
+    fields = _plain_properties(body if about.takes_pictures == "one" else JobSettings)
+    return {name: field for name, field in fields.items() if name not in ("image_url", "upload_id", "input_of")}
 
 
 def _problems(about: Operation) -> dict[str, Any]:

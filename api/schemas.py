@@ -9,12 +9,13 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from shared.catalog import DEFAULT_MODEL
 from shared.catalog import LARGEST_SCALE as LARGEST_SCALE
 
 LONGEST_SECONDS = 366 * 86400
+LARGEST_CROP_PX = 256
 
 Status = Literal["queued", "running", "succeeded", "failed", "canceled", "expired"]
 EventType = Literal[
@@ -63,7 +64,10 @@ class Answered(BaseModel):
 class JobSettings(Asked):
     """How a picture is to be enlarged."""
 
-    model: Name = Field(DEFAULT_MODEL, description="A name of `GET /v1/models`, or `auto`.")
+    model: Name = Field(
+        DEFAULT_MODEL,
+        description="A name of `GET /v1/models`, or `auto`: chosen by what the picture is; `routing` says why.",
+    )
     scale: int | None = Field(
         None, ge=1, le=LARGEST_SCALE, description="Enlargement of each side; without it, the network's own."
     )
@@ -105,6 +109,52 @@ class JobRequest(JobSettings):
     image_url: Url | None = Field(None, description="Where to fetch the picture: a public http or https address.")
     upload_id: Id | None = Field(None, description="Of `POST /v1/uploads`, once the picture has been put there.")
     input_of: Id | None = Field(None, description="One of your own jobs: its picture is taken again.")
+
+
+class PreviewRequest(Asked):
+    """One crop of one picture, and the models to see it through. In JSON the picture is named by `image_url`,
+    `upload_id` or `input_of`; in a form it is the part `image`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "image_url": "https://example.com/bird.png",
+                    "models": ["srgan", "real-esrgan"],
+                    "crop": [200, 120, 96, 96],
+                }
+            ]
+        }
+    )
+
+    models: list[Name] | None = Field(
+        None, min_length=1, max_length=40, description="Names of `GET /v1/models`; without it, all of them."
+    )
+    crop: list[int] | None = Field(
+        None,
+        min_length=4,
+        max_length=4,
+        description=f"x, y, width and height in px of the picture as it is seen, {LARGEST_CROP_PX} px a side at most; "
+        "without it, the middle.",
+    )
+    scale: int = Field(4, ge=1, le=8, description="Enlargement of each side.")
+    device: Literal["auto", "gpu", "cpu"] = "auto"
+    priority: Literal["interactive", "bulk"] = "interactive"
+    ttl_seconds: Seconds | None = None
+    external_id: Annotated[Line, Field(max_length=255)] | None = None
+    webhook_url: Url | None = None
+    image_url: Url | None = None
+    upload_id: Id | None = None
+    input_of: Id | None = Field(None, description="One of your own jobs: its picture is taken again.")
+
+    @field_validator("crop")
+    @classmethod
+    def _is_a_crop(cls, crop: list[int] | None) -> list[int] | None:
+        if crop is not None:
+            x, y, width, height = crop
+            if min(x, y) < 0 or not (1 <= width <= LARGEST_CROP_PX and 1 <= height <= LARGEST_CROP_PX):
+                raise ValueError(f"is x, y, width, height: from 0 on, and 1 to {LARGEST_CROP_PX} px a side")
+        return crop
 
 
 class BatchItem(Asked):
@@ -254,6 +304,32 @@ class JobError(Answered):
     retryable: bool
 
 
+class Routing(Answered):
+    model: str
+    reason: str
+
+
+class PreviewCrop(Answered):
+    x: int
+    y: int
+    width: int
+    height: int
+
+
+class PreviewCell(PreviewCrop):
+    """Where one model's answer lies on the result."""
+
+    model: str
+    seconds: float
+    error: str | None = Field(description="Why the cell is empty.")
+
+
+class PreviewFacts(Answered):
+    crop: PreviewCrop = Field(description="In px of the input.")
+    models: list[str]
+    cells: list[PreviewCell] | None = Field(None, description="In px of the result; once the job has succeeded.")
+
+
 class JobView(Answered):
     """A job as its owner sees it. New statuses may appear: take an unknown one as not finished unless `finished_at`
     is set."""
@@ -265,6 +341,7 @@ class JobView(Answered):
                     "id": "job_01jv0000000000000000000000",
                     "status": "succeeded",
                     "model": "srgan",
+                    "routing": {"model": "srgan", "reason": "asked for by name"},
                     "scale": 4,
                     "classify": True,
                     "device": "cpu",
@@ -301,7 +378,8 @@ class JobView(Answered):
 
     id: str
     status: Status
-    model: str
+    model: str = Field(description="`auto` until a worker has seen the picture; `preview` for a preview.")
+    routing: Routing = Field(description="The model, and why it is this one.")
     scale: int
     classify: bool
     device: str
@@ -316,6 +394,7 @@ class JobView(Answered):
     result: ResultView | None
     labels: list[Label] | None
     timings: dict[str, float] | None
+    preview: PreviewFacts | None = None
     error: JobError | None
     external_id: str | None
 
@@ -364,6 +443,28 @@ class RenditionView(Answered):
     url: str | None = Field(description="Where to fetch a format, once it is made.")
     zoom: ZoomView | None = Field(None, description="Of the kind `zoom`, once it is made.")
     error: JobError | None
+
+
+class ReportView(Answered):
+    """How true a result is to its input. The result is shrunk back by taking means and compared in 8 bits."""
+
+    job_id: str
+    model: str
+    scale: int
+    psnr_db: float | None = Field(description="Over all channels; null where nothing differs.")
+    ssim: float | None = Field(description="Of luma, over windows of 8 px; null for pictures smaller than one.")
+    colour_difference: float | None = Field(description="Mean CIE76 difference of the windows' colours.")
+    seam_score: float | None = Field(
+        description="Steps between px across the borders of tiles over those beside them: 1 is a seam that cannot be "
+        "seen. Null where one tile made the picture."
+    )
+    seams: int = Field(description="Borders that were looked at.")
+    tiles: int
+    tiles_not_finite: int = Field(description="Answers of the network with NaN or infinity, computed again.")
+    bands_flat: int = Field(description="Bands that came out flat where the input is not, computed again.")
+    bands_done_again: int = Field(description="For those reasons, or for lack of memory.")
+    precision: Literal["float32", "float16"]
+    compare_seconds: float = Field(description="What this report took of the job.")
 
 
 class UploadView(Answered):

@@ -44,15 +44,28 @@ from api.schemas import (
     KeyView,
     ModelPage,
     ModelView,
+    PreviewRequest,
     PreviewView,
     RenditionRequest,
     RenditionView,
+    ReportView,
     ThumbnailQuery,
     UploadRequest,
     UploadView,
 )
 from api.uploads import Aim, Source, Stored
-from shared import catalog, deliveries, jobs, outbox, pictures, previews, queries, renditions, thumbnails
+from shared import (
+    catalog,
+    deliveries,
+    jobs,
+    outbox,
+    own_models,
+    pictures,
+    previews,
+    queries,
+    renditions,
+    thumbnails,
+)
 from shared.catalog import ModelCard
 from shared.db import clock, new_id
 from shared.errors import (
@@ -90,6 +103,8 @@ from shared.storage import content_disposition
 from shared.telemetry import log
 
 MAX_ENDPOINTS_PER_KEY = 50
+# Side of the crop in the middle that a preview shows where none is named: half a minute of a CPU for all models.
+PREVIEW_DEFAULT_PX = 96
 # Pictures of a batch that are read at once, and how long reading all of them may take before the batch is refused.
 BATCH_READERS = 8
 BATCH_SECONDS = 120.0
@@ -144,21 +159,11 @@ def create_job(context: Context, caller: Caller) -> Response:
     """Checks and stores the picture and answers with the job, which cannot be lost from then on. The picture comes as
     the form's part `image`, from `image_url`, from a presigned upload named by `upload_id`, or is that of another of
     your jobs, `input_of`."""
-    wanted, source = asked.job()
+    wanted, source = asked.picture(JobRequest)
     reservation = _reserve(context, caller, "POST /v1/jobs", wanted.model_dump(mode="json"), [source])
     if isinstance(reservation, Replay):
         return _replayed(reservation)
-    view = accept(context, caller, wanted, source, reservation)
-    job_id = view["id"]
-    waited_seconds = None
-    try:
-        waited_seconds = _wait(context, caller, job_id, lambda pulse: pulse.is_finished)
-        if waited_seconds is not None:
-            view, _ = _view_and_tag(context, caller, job_id)
-    except (DatabaseUnavailable, NotFound):
-        # The job is committed, whatever happened while we waited for it: what we know of it is the answer.
-        waited_seconds = None
-    return _preference_applied(_json(view, 202, location=f"/v1/jobs/{job_id}"), waited_seconds)
+    return _accepted(context, caller, accept(context, caller, wanted, source, reservation))
 
 
 def accept(
@@ -169,18 +174,68 @@ def accept(
     Raises SUBMIT_PROBLEMS; then there is no job.
     """
     with idempotency.freed_on_error(context.database, reservation):
-        card, reason = _resolved(context, wanted)
+        card = _resolved(context, wanted)
         stored = uploads.store(context, caller.key_id, source, _aim(wanted, card), now=_now(context))
         with _discarded_on_error(context, [stored]), context.database.transaction() as session:
             now = clock(session)
             queue = _queue(context, session, wanted.device, wanted.priority, now=now)
-            options = _options(context, wanted, card, reason, stored, queue=queue)
+            options = _options(context, wanted, card, stored, queue=queue)
             job = _submit(context, session, caller, options, stored, now=now)
             view: dict[str, Any] = queries.job_view(job, queue_position=queries.queue_position(session, job))
             reservation.finish(session, status=202, body=view, location=f"/v1/jobs/{job.id}")
-    context.hurrier.publish(outbox.message_of(job))
-    log.info("job.submitted", job_id=job.id, key_id=caller.key_id, model=job.model, queue=job.queue)
+    _announce(context, caller, job)
     return view
+
+
+@operation(
+    "POST",
+    "/v1/previews",
+    "See one crop through every model",
+    tag="jobs",
+    status=202,
+    answer=JobView,
+    body=PreviewRequest,
+    takes_pictures="one",
+    headers=("Idempotency-Key", "Prefer", "traceparent"),
+    problems=SUBMIT_PROBLEMS,
+)
+def create_preview(context: Context, caller: Caller) -> Response:
+    """A job like any other, whose result is one PNG: the crop by each model, side by side and labelled. Where each
+    lies is in `preview.cells` once it has succeeded. Choose by looking, then submit."""
+    wanted, source = asked.picture(PreviewRequest)
+    reservation = _reserve(context, caller, "POST /v1/previews", wanted.model_dump(mode="json"), [source])
+    if isinstance(reservation, Replay):
+        return _replayed(reservation)
+    with idempotency.freed_on_error(context.database, reservation):
+        if wanted.webhook_url is not None:
+            context.outgoing.check(wanted.webhook_url)
+        cards = _previewed(context, wanted)
+        # The whole picture is decoded and only the crop enlarged: the result's size says nothing against it.
+        stored = uploads.store(context, caller.key_id, source, Aim(1, "png", False), now=_now(context))
+        with _discarded_on_error(context, [stored]), context.database.transaction() as session:
+            now = clock(session)
+            crop = _crop(wanted.crop, stored.facts.width, stored.facts.height)
+            pixels = crop["width"] * crop["height"]
+            options = JobOptions(
+                model=catalog.PREVIEW,
+                scale=wanted.scale,
+                format="png",
+                queue=_queue(context, session, wanted.device, wanted.priority, now=now),
+                routing_reason="a preview: the models are named in it",
+                device=wanted.device,
+                priority=wanted.priority,
+                ttl_seconds=wanted.ttl_seconds or context.settings.result_ttl_seconds,
+                external_id=wanted.external_id,
+                webhook_url=wanted.webhook_url,
+                traceparent=asked.traceparent(),
+                expected_seconds=sum(_expected_seconds(card, wanted.scale, pixels) for card in cards),
+                preview={"crop": crop, "models": [card.name for card in cards]},
+            )
+            job = _submit(context, session, caller, options, stored, now=now)
+            view: dict[str, Any] = queries.job_view(job, queue_position=queries.queue_position(session, job))
+            reservation.finish(session, status=202, body=view, location=f"/v1/jobs/{job.id}")
+    _announce(context, caller, job)
+    return _accepted(context, caller, view)
 
 
 @operation(
@@ -205,7 +260,7 @@ def create_batch(context: Context, caller: Caller) -> Response:
     if isinstance(reservation, Replay):
         return _replayed(reservation)
     with idempotency.freed_on_error(context.database, reservation):
-        card, reason = _resolved(context, settings)
+        card = _resolved(context, settings)
         stored = _store_all(context, caller, sources, _aim(settings, card))
         with _discarded_on_error(context, stored), context.database.transaction() as session:
             now = clock(session)
@@ -224,7 +279,7 @@ def create_batch(context: Context, caller: Caller) -> Response:
             made = []
             for one, name in zip(stored, names, strict=True):
                 wanted = settings.model_copy(update={"external_id": name or settings.external_id})
-                options = _options(context, wanted, card, reason, one, queue=queue, batch_id=batch.id)
+                options = _options(context, wanted, card, one, queue=queue, batch_id=batch.id)
                 made.append(_submit(context, session, caller, options, one, now=now))
             view: dict[str, Any] = queries.batch_view(session, batch)
             location = f"/v1/batches/{batch.id}"
@@ -381,6 +436,30 @@ def get_result(context: Context, caller: Caller, job_id: str) -> Response:
         job, key = _with_result(session, job_id, caller)
     format = pictures.format_named(job.format)
     return _picture(context, job, key, _result_name(job, format), format.mime_type)
+
+
+@operation(
+    "GET",
+    "/v1/jobs/{job_id}/report",
+    "See how true a result is to its input",
+    tag="jobs",
+    answer=ReportView,
+    problems=(JobNotFinished, JobHasNoResult),
+)
+def get_report(context: Context, caller: Caller, job_id: str) -> Response:
+    """The result shrunk back and compared with the picture handed in, the seams between tiles, and what had to be
+    mended on the way. Measured on every job while its rows went by."""
+    with context.database.reading() as session:
+        job = queries.owned_job(session, job_id, caller.key_id)
+    if not queries.is_finished(job):
+        raise JobNotFinished(f"The job is {job.state}.", status_now=str(job.state))
+    if job.report is None or job.state != JobState.SUCCEEDED:
+        raise JobHasNoResult(
+            f"The job is {job.state}, and has no report: only pictures that were delivered have one, and previews and "
+            "jobs from before there were reports do not.",
+            status_now=str(job.state),
+        )
+    return jsonify({"job_id": job.id, "model": job.model, "scale": job.scale, **job.report})
 
 
 @operation(
@@ -604,14 +683,14 @@ def get_batch(context: Context, caller: Caller, batch_id: str) -> Response:
 def list_models(context: Context, _caller: Caller) -> Response:
     """What `model` may be, with the devices that hold each at present."""
     loaded = _loaded_on(context)
-    return _page([_model_view(card, loaded) for card in catalog.CARDS], None)
+    return _page([_model_view(card, loaded) for card in (*catalog.CARDS, *_own(context))], None)
 
 
 @operation("GET", "/v1/models/{name}", "Look at a model", tag="models", answer=ModelView)
 def get_model(context: Context, _caller: Caller, name: str) -> Response:
     """Its scale, licence, weights' hash, and what it promises of tiled results."""
     try:
-        card = catalog.card(name)
+        card = catalog.card(name, _own(context))
     except ModelUnavailable as error:
         raise NotFound(error.detail, **error.facts) from error
     return jsonify(_model_view(card, _loaded_on(context)))
@@ -630,8 +709,9 @@ def create_estimate(context: Context, _caller: Caller) -> Response:
     """Size, seconds and waiting time, without handing anything in. `expected_seconds` is of the work alone."""
     wanted = asked.json_body(EstimateRequest)
     settings = context.settings
-    card, _ = catalog.resolve(wanted.model)
+    card = _card(context, wanted.model)
     scale = wanted.scale or card.scale
+    card.passes(scale)
     width, height = wanted.width * scale, wanted.height * scale
     facts = pictures.PictureFacts(
         format=wanted.input_format,
@@ -659,21 +739,22 @@ def create_estimate(context: Context, _caller: Caller) -> Response:
     format = pictures.output_format(wanted.format, wanted.input_format, width, height, lossless=wanted.lossless)
     with context.database.reading() as session:
         now = clock(session)
-        history = queries.run_history(session, card.name)
         queue = _queue(context, session, wanted.device, wanted.priority, now=now)
+        expected_seconds = _expected_seconds(card, scale, facts.pixels)
+        history = queries.run_history(
+            session, card.name, device=queue.partition(".")[0], expected_seconds=expected_seconds
+        )
         wait_seconds = queries.expected_wait_seconds(
             session, queue, worker_lost_after_seconds=settings.worker_lost_after_seconds, now=now
         )
         alive = queries.serving_workers(session, worker_lost_after_seconds=settings.worker_lost_after_seconds, now=now)
         serving = sum(queue in worker.queues for worker in alive)
     megapixels = width * height / 1e6
-    if history.p50_seconds_per_output_mp is not None and history.p95_seconds_per_output_mp is not None:
-        basis = "history"
-        p50 = history.p50_seconds_per_output_mp * megapixels
-        p95 = history.p95_seconds_per_output_mp * megapixels
+    if history.p50_seconds is not None and history.p95_seconds is not None:
+        basis, p50, p95 = "history", history.p50_seconds, history.p95_seconds
     else:
         basis = "model-cost"
-        p50 = _expected_seconds(card, scale, facts.pixels) + ASSUMED_OVERHEAD_SECONDS
+        p50 = expected_seconds + ASSUMED_OVERHEAD_SECONDS
         p95 = p50 * ASSUMED_P95_OVER_P50
     return jsonify(
         {
@@ -830,6 +911,7 @@ def resend_delivery(context: Context, caller: Caller, delivery_id: str) -> Respo
 # The one table of routes: registered by `blueprint`, described in /openapi.json.
 HANDLERS: tuple[Handler, ...] = (
     create_job,
+    create_preview,
     list_jobs,
     get_job,
     cancel_job,
@@ -840,6 +922,7 @@ HANDLERS: tuple[Handler, ...] = (
     get_thumbnail,
     get_preview,
     get_preview_strip,
+    get_report,
     follow_job,
     ask_rendition,
     get_rendition,
@@ -898,11 +981,69 @@ def _replayed(first: Replay) -> Response:
     return response
 
 
-def _resolved(context: Context, wanted: JobSettings) -> tuple[ModelCard, str]:
-    """The card that will run and why. Raises ModelUnavailable, and BlockedUrl for a webhook that leads inside."""
+def _announce(context: Context, caller: Caller, job: Job) -> None:
+    """The message of a job that has just been committed goes on its way."""
+    context.hurrier.publish(outbox.message_of(job))
+    log.info("job.submitted", job_id=job.id, key_id=caller.key_id, model=job.model, queue=job.queue)
+
+
+def _accepted(context: Context, caller: Caller, view: dict[str, Any]) -> Response:
+    """The answer to a job that has just been committed, after the wait that was preferred."""
+    job_id = view["id"]
+    waited_seconds = None
+    try:
+        waited_seconds = _wait(context, caller, job_id, lambda pulse: pulse.is_finished)
+        if waited_seconds is not None:
+            view, _ = _view_and_tag(context, caller, job_id)
+    except (DatabaseUnavailable, NotFound):
+        # The job is committed, whatever happened while we waited for it: what we know of it is the answer.
+        waited_seconds = None
+    return _preference_applied(_json(view, 202, location=f"/v1/jobs/{job_id}"), waited_seconds)
+
+
+def _resolved(context: Context, wanted: JobSettings) -> ModelCard:
+    """The card that will run. Raises ModelUnavailable, InvalidRequest for a scale that the card does not offer, and
+    BlockedUrl for a webhook that leads inside."""
     if wanted.webhook_url is not None:
         context.outgoing.check(wanted.webhook_url)
-    return catalog.resolve(wanted.model)
+    card = _card(context, wanted.model)
+    card.passes(wanted.scale or card.scale)
+    return card
+
+
+def _own(context: Context) -> Sequence[ModelCard]:
+    with context.database.reading() as session:
+        return own_models.offered(session)
+
+
+def _card(context: Context, name: str) -> ModelCard:
+    """The card of that name. For `auto` the one that is planned with until a worker has seen the picture: of those it
+    may come to the costliest, tiny pictures aside. Raises ModelUnavailable."""
+    if name == catalog.AUTO:
+        return catalog.card(catalog.AUTO_PLANNED_AS)
+    try:
+        return catalog.card(name)
+    except ModelUnavailable:
+        return catalog.card(name, _own(context))
+
+
+def _previewed(context: Context, wanted: PreviewRequest) -> list[ModelCard]:
+    """The models of a preview, each once: those asked for, or all there are. Raises ModelUnavailable."""
+    if wanted.models is None:
+        everyone = (*catalog.CARDS, *_own(context))
+        return [card for card in everyone if wanted.scale <= card.largest_scale]
+    return [_card(context, name) for name in dict.fromkeys(wanted.models)]
+
+
+def _crop(wanted: Sequence[int] | None, width: int, height: int) -> dict[str, int]:
+    """The part of a picture of `width` x `height` that is previewed. Raises InvalidRequest where it lies outside."""
+    if wanted is None:
+        side_x, side_y = min(width, PREVIEW_DEFAULT_PX), min(height, PREVIEW_DEFAULT_PX)
+        return {"x": (width - side_x) // 2, "y": (height - side_y) // 2, "width": side_x, "height": side_y}
+    x, y, crop_width, crop_height = wanted
+    if x + crop_width > width or y + crop_height > height:
+        raise asked.invalid("crop", f"reaches beyond the picture, which is {width} x {height} px")
+    return {"x": x, "y": y, "width": crop_width, "height": crop_height}
 
 
 def _aim(wanted: JobSettings, card: ModelCard) -> Aim:
@@ -965,7 +1106,6 @@ def _options(
     context: Context,
     wanted: JobSettings,
     card: ModelCard,
-    reason: str,
     stored: Stored,
     *,
     queue: str,
@@ -973,12 +1113,13 @@ def _options(
 ) -> JobOptions:
     """What was asked for, with everything that was left to us decided."""
     scale = wanted.scale or card.scale
+    by_name = wanted.model != catalog.AUTO
     return JobOptions(
-        model=card.name,
+        model=card.name if by_name else catalog.AUTO,
         scale=scale,
         format=stored.format,
         queue=queue,
-        routing_reason=reason,
+        routing_reason="asked for by name" if by_name else catalog.AUTO_DECIDED_LATER,
         classify=wanted.classify,
         quality=wanted.quality,
         lossless=wanted.lossless,
@@ -1021,12 +1162,11 @@ def _queue(context: Context, session: Session, device: str, priority: str, *, no
 
 
 def _expected_seconds(card: ModelCard, scale: int, pixels: int) -> float:
-    """Of upscaling, from the card's arithmetic: above its own scale the network runs again on what it has made."""
-    megaflops = card.megaflops_per_input_px * pixels
-    reached = card.scale
-    while reached < scale and card.scale > 1:
-        megaflops += card.megaflops_per_input_px * pixels * reached**2
-        reached *= card.scale
+    """Of upscaling, from the card's arithmetic: above its own scale a network runs again on what has been made."""
+    megaflops = 0.0
+    for each in card.passes(scale):
+        megaflops += each.megaflops_per_input_px * pixels
+        pixels *= each.scale**2
     return megaflops / ASSUMED_MEGAFLOPS_PER_SECOND
 
 

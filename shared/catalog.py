@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from shared.errors import ModelUnavailable
+from shared.errors import InvalidRequest, ModelUnavailable
 
 LARGEST_SCALE = 16
 
@@ -19,6 +20,15 @@ class WeightsSource:
     """Import name of the package that carries the file."""
     path: str
     """Path inside the package, with forward slashes."""
+    sha256: str
+
+
+@dataclass(frozen=True)
+class OwnFile:
+    """Weights of a model of your own: a file in `models_dir`, as it was when a worker last looked."""
+
+    path: str
+    """On the workers' machines."""
     sha256: str
 
 
@@ -38,12 +48,14 @@ class ModelCard:
     licence: str
     """Of the weights, as SPDX writes it."""
     source_url: str
-    weights: WeightsSource | None
+    weights: WeightsSource | OwnFile | None
     """None where there is nothing to learn: interpolation."""
     megaflops_per_input_px: float
     """Multiply-adds x 2 per input pixel / 1e6: what planning and estimates start from on an unmeasured machine."""
     origin: str = ""
     """Who trained it on what, and what carries it here: a sentence."""
+    largest_scale: int = LARGEST_SCALE
+    """What a job may ask for at most."""
     others: tuple[ModelCard, ...] = ()
     """The same model at its other scales: a network of its own for each, under one name."""
 
@@ -57,16 +69,21 @@ class ModelCard:
 
         The fewest that reach it, and of those the ones that go least beyond: what is too much is taken off by one
         Lanczos step down, and nothing is ever added by one. The smaller scale comes first, since the second network
-        runs over what the first one made. Raises ValueError for a scale that is not offered.
+        runs over what the first one made. Raises InvalidRequest for a scale that is not offered.
         """
-        if not 1 <= scale <= LARGEST_SCALE:
-            raise ValueError(f"The scale is 1 to {LARGEST_SCALE}, not {scale}.")
-        for count in itertools.count(1):
+        if not 1 <= scale <= self.largest_scale:
+            offered = f"1 to {self.largest_scale}" if self.largest_scale > 1 else "1"
+            raise InvalidRequest(
+                f"The scale of {self.name} is {offered}, not {scale}.",
+                errors=[{"field": "scale", "message": f"{self.name} offers {offered}"}],
+            )
+        reaching: list[tuple[ModelCard, ...]] = []
+        count = 0
+        while not reaching:
+            count += 1
             ways = itertools.combinations_with_replacement(self.at_each_scale, count)
             reaching = [way for way in ways if _reached(way) >= scale]
-            if reaching:
-                return min(reaching, key=_reached)
-        raise AssertionError("unreachable: every network of a card with more than one pass enlarges")
+        return min(reaching, key=_reached)
 
 
 def _reached(passes: tuple[ModelCard, ...]) -> int:
@@ -77,8 +94,8 @@ EXACT = "Exact: a tiled result differs from the whole-picture result by at most 
 
 
 HALO_OF_RRDB = (
-    "Measured, not proven: the network sees {reach} px around a tile and is given {halo}. Over the sample pictures no "
-    "pixel of a tiled result differed from the whole-picture result by more than 1 level of 255."
+    "Measured, not proven: the network sees {reach} px around a tile and is given {halo}. In crops of sample "
+    "photographs no pixel of a tile differed by more than 1 level of 255 from one that was given 112 px."
 )
 
 
@@ -202,7 +219,7 @@ CARDS: tuple[ModelCard, ...] = (
         "REALSR_DF2K_UP4X.bin",
         "a3f5eb53906ef54d5c5d125b2c9dd5f570d9dbb779e3d934df14b5375fd923c1",
         blocks=23,
-        halo_px=32,
+        halo_px=64,
         summary="For clean, sharp originals: crisp detail, and eight times the work of srgan. ESRGAN, trained on DF2K.",
         licence="Apache-2.0",
         source_url="https://github.com/jixiaozhong/RealSR",
@@ -215,7 +232,7 @@ CARDS: tuple[ModelCard, ...] = (
         "REALESRGAN_X4PLUS_UP4X.bin",
         "713ee713b0353afaa27976f0563a64a5043bd70b9bd8936c2e26e25ebcdbcddf",
         blocks=23,
-        halo_px=32,
+        halo_px=80,
         summary="For worn photographs: takes away noise, blur and JPEG's blocks. Eight times the work of srgan.",
         licence="BSD-3-Clause",
         source_url="https://github.com/xinntao/Real-ESRGAN",
@@ -227,7 +244,7 @@ CARDS: tuple[ModelCard, ...] = (
         "REALESRGAN_X4PLUSANIME_UP4X.bin",
         "fe01c269cfd10cdef8e018ab66ebe750cf79c7af4d1f9c16c737e1295229bacc",
         blocks=6,
-        halo_px=32,
+        halo_px=64,
         summary="For drawings: clean lines and flat colours.",
         licence="BSD-3-Clause",
         source_url="https://github.com/xinntao/Real-ESRGAN",
@@ -248,16 +265,25 @@ CLASSIFIER_WEIGHTS = WeightsSource(
 DEFAULT_MODEL = "srgan"
 
 
-def card(name: str) -> ModelCard:
-    """The card of that name. Raises ModelUnavailable, naming those there are."""
-    for candidate in CARDS:
+AUTO = "auto"
+"""Asks for the card that suits the picture: `worker.routing` chooses once it is decoded."""
+AUTO_DECIDED_LATER = "auto: chosen when a worker has seen the picture"
+AUTO_PLANNED_AS = "real-esrgan-anime"
+"""Whose scale and cost `auto` is planned with until then. All that it may come to are x4."""
+
+
+PREVIEW = "preview"
+"""The model of a job that runs a crop through several."""
+
+
+def card(name: str, own: Sequence[ModelCard] = ()) -> ModelCard:
+    """The card of that name, of the catalogue or `own`. Raises ModelUnavailable, naming those there are."""
+    known = (*CARDS, *own)
+    for candidate in known:
         if candidate.name == name:
             return candidate
-    raise ModelUnavailable(f"There is no model named {name!r}.", model=name, models=[c.name for c in CARDS])
-
-
-def resolve(model: str) -> tuple[ModelCard, str]:
-    """What `model` (a name or `auto`) comes to, and why, in one plain sentence."""
-    if model == "auto":
-        return card(DEFAULT_MODEL), f"auto is {DEFAULT_MODEL}: the model that looks sharpest on photographs."
-    return card(model), "asked for by name"
+    raise ModelUnavailable(
+        f"There is no model named {name!r}. There are: {', '.join(c.name for c in known)}.",
+        model=name,
+        models=[c.name for c in known],
+    )

@@ -89,6 +89,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
         *(_extra(name) for name in EXTRAS),
         _torch,
         *(_weights(name, source) for name, source in _all_weights()),
+        _own_models,
         _redis,
         _storage,
         _sql,
@@ -146,7 +147,7 @@ def _torch(_settings: Settings) -> Finding:
 def _all_weights() -> Iterator[tuple[str, WeightsSource]]:
     for card in CARDS:
         for each in card.at_each_scale:
-            if each.weights is not None:
+            if isinstance(each.weights, WeightsSource):
                 yield (card.name if not card.others else f"{card.name} x{each.scale}"), each.weights
     yield "classifier", CLASSIFIER_WEIGHTS
 
@@ -166,6 +167,29 @@ def _weights(name: str, source: WeightsSource) -> Callable[[Settings], Finding]:
         return Finding(f"weights of {name}", "ok", f"{path.name}, {path.stat().st_size:,} bytes, sha256 as expected")
 
     return ask
+
+
+def _own_models(settings: Settings) -> Finding:
+    """Files of one's own are read by torch, and so in a process apart."""
+    if not settings.models_dir:
+        return Finding("models of your own", "ok", "none: ENLARGER_MODELS_DIR is not set")
+    remedy = "Mend, replace or remove the files named; the other models work without them."
+    try:
+        ran = subprocess.run(
+            [sys.executable, "-m", "worker.networks.own", settings.models_dir],
+            capture_output=True,
+            text=True,
+            timeout=TORCH_TIMEOUT_SECONDS,
+            check=True,
+        )
+        found = json.loads(ran.stdout)
+    except (subprocess.SubprocessError, ValueError) as error:
+        return Finding("models of your own", "missing", f"they could not be looked at: {error}", remedy)
+    named = ", ".join(f"{card['name']} ({card['architecture']}, x{card['scale']})" for card in found["models"])
+    if found["faults"]:
+        faults = "; ".join(f"{Path(fault['path']).name}: {fault['reason']}" for fault in found["faults"])
+        return Finding("models of your own", "missing", f"{faults}. Usable: {named or 'none'}", remedy)
+    return Finding("models of your own", "ok", named or f"no .safetensors, .pth or .pt in {settings.models_dir}")
 
 
 def _redis(settings: Settings) -> Finding:

@@ -49,7 +49,7 @@ LATE_WRITER_SECONDS = 3600
 
 @dataclass(frozen=True)
 class JobOptions:
-    """What a customer asks for, checked and resolved (`auto` model and format have become names)."""
+    """What a customer asks for, checked and resolved (`auto` format has become a name; `auto` model may stay)."""
 
     model: str
     scale: int
@@ -72,6 +72,7 @@ class JobOptions:
     traceparent: str | None = None
     expected_seconds: float = 0.0
     batch_id: str | None = None
+    preview: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,9 @@ class JobResult:
     labels: Sequence[Mapping[str, Any]] | None = None
     timings: Mapping[str, float] = field(default_factory=dict)
     warnings: Sequence[str] = ()
+    report: Mapping[str, Any] | None = None
+    preview: Mapping[str, Any] | None = None
+    """Of a preview: what was asked for, and where each model's cell lies."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,7 @@ def submit(
         webhook_events=list(options.webhook_events),
         traceparent=options.traceparent,
         expected_seconds=options.expected_seconds,
+        preview=None if options.preview is None else dict(options.preview),
         blob_prefix=picture.blob_prefix,
         input_key=picture.key,
         input_width=picture.width,
@@ -282,6 +287,11 @@ def progress(
     return canceling
 
 
+def route(session: Session, claim: Claim, *, model: str, reason: str) -> None:
+    """A job that asked for `auto` gets its model. One UPDATE. Raises StaleAttempt."""
+    _touch(session, claim, {"model": model, "routing_reason": reason, "version": Job.version + 1})
+
+
 def succeed(session: Session, claim: Claim, result: JobResult, *, now: datetime) -> None:
     """RUNNING -> SUCCEEDED, with the result. Raises StaleAttempt, also where cancel was asked for in the meantime."""
     _finish(
@@ -303,6 +313,8 @@ def succeed(session: Session, claim: Claim, result: JobResult, *, now: datetime)
         labels=None if result.labels is None else [dict(label) for label in result.labels],
         timings=dict(result.timings),
         warnings=list(result.warnings),
+        report=None if result.report is None else dict(result.report),
+        preview=None if result.preview is None else dict(result.preview),
     )
 
 

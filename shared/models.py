@@ -94,7 +94,7 @@ class Job(Row):
 
     # What is asked for.
     model: Mapped[str] = mapped_column(String(100))
-    """The card that runs; `auto` has been resolved."""
+    """The card that runs. `auto` until a worker has seen the picture; `preview` for a job of several cards."""
     routing_reason: Mapped[str] = mapped_column(Text)
     scale: Mapped[int]
     classify: Mapped[bool]
@@ -118,6 +118,9 @@ class Job(Row):
     traceparent: Mapped[str | None] = mapped_column(String(60))
     expected_seconds: Mapped[float]
     """Of upscaling, guessed from the card and the size at submit; time limits are multiples of it."""
+
+    preview: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    """Of a preview: `crop` (x, y, width, height in px of the input) and `models`; once made, `cells` too."""
 
     # What was handed in.
     blob_prefix: Mapped[str] = mapped_column(String(120))
@@ -175,6 +178,8 @@ class Job(Row):
     labels: Mapped[list[dict[str, Any]] | None] = mapped_column(JSON)
     timings: Mapped[dict[str, float] | None] = mapped_column(JSON)
     warnings: Mapped[list[str]] = mapped_column(JSON, default=list)
+    report: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    """How true the result is to the input: `worker.fidelity`."""
     error_code: Mapped[str | None] = mapped_column(String(40))
     error_detail: Mapped[str | None] = mapped_column(Text)
     error_retryable: Mapped[bool | None]
@@ -392,3 +397,13 @@ class AuditEntry(Row):
     subject: Mapped[str] = mapped_column(Text)
     """What it was done to: an id, a queue's name, or in words how many."""
     detail: Mapped[dict[str, Any]] = mapped_column(JSON)
+
+
+class OwnModel(Row):
+    """A model of one's own, as the worker that started last found it."""
+
+    __tablename__ = "own_models"
+
+    name: Mapped[str] = mapped_column(String(100), primary_key=True)
+    card: Mapped[dict[str, Any]] = mapped_column(JSON)
+    seen_at: Mapped[datetime] = mapped_column(UtcDateTime)

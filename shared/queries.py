@@ -78,6 +78,7 @@ def job_view(job: Job, *, queue_position: int | None = None) -> dict[str, Any]:
         },
         "labels": job.labels if job.state == JobState.SUCCEEDED else None,
         "timings": job.timings if job.state == JobState.SUCCEEDED else None,
+        "preview": job.preview,
         "warnings": list(job.warnings or ()),
         "error": None
         if job.error_code is None
@@ -431,29 +432,47 @@ def image_queue(device: str, priority: str, *, gpu_alive: bool) -> str:
 
 @dataclass(frozen=True)
 class RunHistory:
-    """Seconds of finished attempts per megapixel of output, of one model; None where there are none."""
+    """What finished jobs took, carried over to a job that is expected to take so long; None where there are none."""
 
     jobs: int
-    p50_seconds_per_output_mp: float | None
-    p95_seconds_per_output_mp: float | None
+    p50_seconds: float | None
+    p95_seconds: float | None
 
 
-def run_history(session: Session, model: str, *, sample: int = 200) -> RunHistory:
-    """From the newest `sample` successes of the model: what estimates are made of."""
+# Of a job of another size the fixed costs weigh otherwise: those up to this many times smaller or larger count, unless
+# they are too few to say anything.
+LIKE_SIZE = 4.0
+FEWEST_OF_LIKE_SIZE = 5
+
+
+def run_history(session: Session, model: str, *, device: str, expected_seconds: float, sample: int = 200) -> RunHistory:
+    """From the newest `sample` successes of the model on `device` (cpu or gpu): what estimates are made of.
+
+    `expected_seconds` is the new job's, by the same arithmetic that every job's was written down with at submit: the
+    scale and the size of the picture are in it.
+    """
     rows = session.execute(
-        select(Job.timings, Job.result_width, Job.result_height)
-        .where(Job.state == JobState.SUCCEEDED, Job.model == model)
+        select(Job.timings, Job.expected_seconds)
+        .where(
+            Job.state == JobState.SUCCEEDED,
+            Job.model == model,
+            Job.running_device == device,
+            Job.expected_seconds > 0,
+        )
         .order_by(Job.finished_at.desc())
         .limit(sample)
     ).all()
-    rates = sorted(
-        sum(v for k, v in (r.timings or {}).items() if k != "queued_seconds" and k.endswith("_seconds"))
-        / (r.result_width * r.result_height / 1e6)
-        for r in rows
+    like = [row for row in rows if 1 / LIKE_SIZE <= row.expected_seconds / expected_seconds <= LIKE_SIZE]
+    ratios = sorted(
+        sum(v for k, v in (row.timings or {}).items() if k != "queued_seconds" and k.endswith("_seconds"))
+        / row.expected_seconds
+        for row in (like if len(like) >= FEWEST_OF_LIKE_SIZE else rows)
     )
-    if not rates:
+    if not ratios:
         return RunHistory(0, None, None)
-    return RunHistory(len(rates), percentile(rates, 0.5), percentile(rates, 0.95))
+    return RunHistory(
+        len(ratios), percentile(ratios, 0.5) * expected_seconds, percentile(ratios, 0.95) * expected_seconds
+    )
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:

@@ -131,7 +131,9 @@ class Settings(BaseSettings):
         1_000_000_000, gt=0, description="Memory one network call may take for its activations."
     )
     models_dir: str = Field(
-        "", description="Kept for your own weights (`.safetensors`, `.pth`); no worker reads it yet."
+        "",
+        description="Folder of your own models (`.safetensors`, `.pth`, `.pt` of any network that spandrel reads), the "
+        "same for every worker; read when a worker starts. `enlarger doctor` says what is wrong with a file.",
     )
 
     # Webhooks.

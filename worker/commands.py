@@ -10,6 +10,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
 
+    from shared.catalog import ModelCard
     from shared.settings import Settings
     from worker.enlarging import Engine, Progress
     from worker.metrics import Table
@@ -74,8 +76,10 @@ def upscale(
     from worker.enlarging import Wanted
 
     settings = _settings(tile_px=tile_px)
-    card, _ = catalog.resolve(model)
+    own_cards = _own_models(settings)
+    card = catalog.card(catalog.AUTO_PLANNED_AS if model == catalog.AUTO else model, own_cards)
     scale = scale or card.scale
+    card.passes(scale)
     with picture.open("rb") as source:
         facts = pictures.inspect(source)
         width, height = pictures.check_size(
@@ -89,13 +93,13 @@ def upscale(
             format_name or _format_of(output) or "auto", facts.format, width, height, lossless=lossless
         )
         if output.is_dir() or not output.suffix:
-            output = output / f"{picture.stem}-{card.name}-x{scale}{pictures.format_named(format).extension}"
+            output = output / f"{picture.stem}-{model}-x{scale}{pictures.format_named(format).extension}"
         if output.exists() and output.samefile(picture):
             raise click.BadParameter("the result would replace the picture itself", param_hint="-o")
         output.parent.mkdir(parents=True, exist_ok=True)
         wanted = Wanted(
             scale=scale,
-            model=card.name,
+            model=model,
             format=format,
             classify=classify,
             quality=quality,
@@ -106,12 +110,12 @@ def upscale(
         )
         started = time.monotonic()
         with bars() as shown:
-            engine = _engine(settings, device)
+            engine = _engine(settings, device, own_cards)
             source.seek(0)
             enlarged = engine.enlarge_file(source, output, wanted, _BarWatch(shown, picture.name))
         seconds = time.monotonic() - started
     if as_json:
-        facts_of_result = {**asdict(enlarged), "path": str(output), "format": format, "model": card.name}
+        facts_of_result = {**asdict(enlarged), "path": str(output), "format": format}
         click.echo(
             json.dumps({**facts_of_result, "scale": scale, "device": engine.device, "seconds": seconds}, indent=2)
         )
@@ -299,6 +303,9 @@ class _BarWatch:
     def begins(self, phase: str, *, expected_seconds: float = 0.0) -> None:  # noqa: ARG002  (the protocol's)
         self._bars.update(self._task, note=phase)
 
+    def routed(self, model: str, reason: str) -> None:
+        self._bars.console.print(f"{model}: {reason}")
+
     def progressed(self, progress: Progress) -> None:
         self._bars.update(
             self._task,
@@ -308,12 +315,24 @@ class _BarWatch:
         )
 
 
-def _engine(settings: Settings, device: str) -> Engine:
+def _own_models(settings: Settings) -> list[ModelCard]:
+    """What lies in `models_dir`; what cannot be used is told."""
+    if not settings.models_dir:
+        return []
+    from worker.networks import own
+
+    cards, faults = own.scan(Path(settings.models_dir))
+    for fault in faults:
+        click.echo(f"{fault.path}: {fault.reason}", err=True)
+    return cards
+
+
+def _engine(settings: Settings, device: str, own_cards: Sequence[ModelCard] = ()) -> Engine:
     from worker import upscale
     from worker.enlarging import Engine
 
     upscale.prepare_process(settings.torch_threads)
-    return Engine.of(settings, upscale.choose_device(device))
+    return Engine.of(settings, upscale.choose_device(device), own=own_cards)
 
 
 def _settings(*, tile_px: int | None = None) -> Settings:

@@ -7,9 +7,9 @@ same picture.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
 
@@ -18,14 +18,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from shared import catalog
+from shared.catalog import ModelCard
+from shared.errors import BadOutput
 from shared.pictures import Format, check_size, format_named
 from shared.settings import Settings
-from worker import codec, upscale
+from worker import codec, routing, upscale
 from worker.classify import Classifier, Label
 from worker.codec import Encoder, Picture, Samples
 from worker.decoding import Decoder, InProcess
+from worker.fidelity import Comparison, Fidelity
 from worker.networks import Network, load
-from worker.upscale import EnlargedRows, Work
+from worker.upscale import EnlargedRows, Repairs, Work
 
 # The slowest kinds seen (16-bit with a colour profile; AVIF) take a tenth of this: what a lease is asked for must
 # suffice on a busy machine too.
@@ -69,14 +72,18 @@ class Watch(Protocol):
         """A phase begins. `expected_seconds`: how long it may stay silent, generously; 0 where it is soon over."""
 
     def progressed(self, progress: Progress) -> None:
-        """Before the first tile and after each; the bands are those whose rows have been written."""
+        """Before the first tile, after each, and within one that takes long; the bands are those that are written."""
+
+    def routed(self, model: str, reason: str) -> None:
+        """`auto` has come to a model."""
 
 
 class Onlooker(Protocol):
     """Is shown pixels on their way; what it sees is its own to copy, and it must be quick."""
 
     def begins(self, input_rgb: Samples, width: int, height: int) -> None:
-        """The picture is decoded, (H, W, 3), and its result will be `width` x `height` px."""
+        """The picture is decoded, (H, W, 3), and its result will be `width` x `height` px. Comes again where the result
+        is made again."""
 
     def made(self, rows: Samples) -> None:
         """The next rows of the result, from the top, as they go to the encoder."""
@@ -84,6 +91,9 @@ class Onlooker(Protocol):
 
 class Unwatched:
     """A Watch that looks away."""
+
+    def routed(self, model: str, reason: str) -> None:
+        pass
 
     def begins(self, phase: str, *, expected_seconds: float = 0.0) -> None:
         pass
@@ -105,6 +115,12 @@ class Enlarged:
     """For the customer, in words: what of the input could not be kept."""
     timings: dict[str, float]
     """Seconds by phase (`decode_seconds`, ...), and what the work was: `tiles`, `bands`, `waste`."""
+    model: str
+    """The card that was run, also where `auto` was asked for."""
+    report: dict[str, Any] | None = None
+    """How true the result is to the input, and what had to be mended: JSON values. A preview has none."""
+    cells: list[dict[str, Any]] | None = None
+    """Where the models' answers lie on a preview."""
 
 
 @dataclass
@@ -140,10 +156,12 @@ class Engine:
         tile_px: int = 0,
         tile_memory_bytes: int = upscale.TILE_MEMORY_BYTES,
         decoder: Decoder | None = None,
+        own: Sequence[ModelCard] = (),
     ) -> None:
         """`decoder`: how picture files are read; in this process where none is given."""
         self.device = device
         self._decoder = decoder or InProcess(max_input_px)
+        self._own = tuple(own)
         self._max_input_px = max_input_px
         self._max_output_px = max_output_px
         self._tile_px = tile_px
@@ -151,7 +169,9 @@ class Engine:
         self._networks: dict[str, Network] = {}
 
     @classmethod
-    def of(cls, settings: Settings, device: str, decoder: Decoder | None = None) -> Engine:
+    def of(
+        cls, settings: Settings, device: str, decoder: Decoder | None = None, own: Sequence[ModelCard] = ()
+    ) -> Engine:
         return cls(
             device,
             max_input_px=settings.max_input_px,
@@ -159,18 +179,25 @@ class Engine:
             tile_px=settings.tile_px,
             tile_memory_bytes=settings.tile_memory_bytes,
             decoder=decoder,
+            own=own,
         )
 
     def network(self, model: str) -> Network:
         """The loaded network of a card. Raises ModelUnavailable."""
         if model not in self._networks:
-            self._networks = {**self._networks, model: load(catalog.card(model), self.device)}
+            self._networks = {**self._networks, model: load(catalog.card(model, self._own), self.device)}
         return self._networks[model]
 
     @property
     def models_loaded(self) -> tuple[str, ...]:
         """Names of the cards whose networks are loaded. Any thread may ask."""
         return tuple(self._networks)
+
+    def decode(self, source: BinaryIO, watch: Watch) -> Picture:
+        """The picture in `source`. Raises UploadRejected."""
+        facts = self._decoder.inspect(source)
+        watch.begins("decode", expected_seconds=facts.pixels / DECODE_PX_PER_SECOND)
+        return self._decoder.decode(source, facts)
 
     def warm_up(self, model: str = catalog.DEFAULT_MODEL) -> None:
         """Loads a network and measures its speed, so that the first picture need not wait for that.
@@ -209,12 +236,14 @@ class Engine:
             picture = self._decoder.decode(source, facts)
             format = format_named(wanted.format)
             picture, warnings = _laid_on_background(picture, wanted, format)
-        if onlookers:
-            with clock.time("preview"):
-                for onlooker in onlookers:
-                    onlooker.begins(picture.rgb, width, height)
+        model = wanted.model
+        if model == catalog.AUTO:
+            with clock.time("route"):
+                route = routing.choose(picture.rgb)
+            model = route.model
+            watch.routed(model, route.reason)
         with clock.time("load"):
-            network = self.network(wanted.model)
+            network = self.network(model)
         with clock.time("plan"):
             work = upscale.plan_work(
                 network,
@@ -224,30 +253,94 @@ class Engine:
                 tile_px=self._tile_px,
                 memory_bytes=self._tile_memory_bytes,
             )
-        encoded_at_once_px = width * height if format.name in ("webp", "avif") else 0
-        with _encoder(picture, target, wanted, format, width, height) as encoder:
-            watch.begins("upscale")
-            for samples in _Enlarging(network, picture, work, wanted, format, watch, clock).rows():
-                with clock.time("encode"):
-                    encoder.write(samples)
-                if onlookers:
-                    with clock.time("preview"):
-                        for onlooker in onlookers:
-                            onlooker.made(samples)
-            labels = None
-            if wanted.classify:
-                watch.begins("classify")
-                with clock.time("classify"):
-                    labels = tuple(Classifier.load(self.device).classify(_in_8_bits(picture.rgb)))
-            watch.begins("encode", expected_seconds=encoded_at_once_px / ENCODE_AT_ONCE_PX_PER_SECOND)
-            with clock.time("encode"):
-                size_bytes = encoder.close()
+        made = _Making(self.device, network, picture, work, wanted, format, watch, onlookers, clock)
+        try:
+            labels, size_bytes, report = made.write(target, width, height, precise=not network.prefers_half)
+        except _NotTrue:
+            # Half precision may have failed without overflowing. In float32 it either comes out or is refused.
+            if not network.prefers_half:
+                raise
+            labels, size_bytes, report = made.write(target, width, height, precise=True)
         clock.timings |= {
             "tiles": float(work.tile_count),
             "bands": float(work.band_count),
             "waste": round(work.waste, 3),
         }
-        return Enlarged(width, height, size_bytes, labels, (*picture.warnings, *warnings), clock.timings)
+        warnings = (*picture.warnings, *warnings)
+        return Enlarged(width, height, size_bytes, labels, warnings, clock.timings, model, report)
+
+
+class _NotTrue(BadOutput):
+    """The result is whole and shows another picture than the input."""
+
+
+@dataclass(frozen=True)
+class _Making:
+    """All that one result is made of. It can be made twice."""
+
+    device: str
+    network: Network
+    picture: Picture
+    work: Work
+    wanted: Wanted
+    format: Format
+    watch: Watch
+    onlookers: tuple[Onlooker, ...]
+    clock: _Stopwatch
+
+    def write(
+        self, target: Path, width: int, height: int, *, precise: bool
+    ) -> tuple[tuple[Label, ...] | None, int, dict[str, Any]]:
+        """Into `target`: (labels, bytes, report). Raises _NotTrue, and then there is no target."""
+        picture, clock = self.picture, self.clock
+        repairs = Repairs()
+        if self.onlookers:
+            with clock.time("preview"):
+                for onlooker in self.onlookers:
+                    onlooker.begins(picture.rgb, width, height)
+        comparison = Comparison(picture.rgb, self.wanted.scale, self.work.plans)
+        encoded_at_once_px = width * height if self.format.name in ("webp", "avif") else 0
+        with _encoder(picture, target, self.wanted, self.format, width, height) as encoder:
+            self.watch.begins("upscale")
+            for samples in _Enlarging(self, precise, repairs).rows():
+                with clock.time("encode"):
+                    encoder.write(samples)
+                with clock.time("compare"):
+                    comparison.add(samples)
+                if self.onlookers:
+                    with clock.time("preview"):
+                        for onlooker in self.onlookers:
+                            onlooker.made(samples)
+            with clock.time("compare"):
+                fidelity = comparison.result()
+            if not fidelity.is_sane:
+                raise _NotTrue(
+                    f"Shrunk back, the result is not the picture handed in: {fidelity.psnr_db} dB, colours "
+                    f"{fidelity.colour_difference} apart.",
+                    model=self.network.card.name,
+                    device=self.device,
+                    psnr_db=fidelity.psnr_db,
+                    colour_difference=fidelity.colour_difference,
+                )
+            labels = None
+            if self.wanted.classify:
+                self.watch.begins("classify")
+                with clock.time("classify"):
+                    labels = tuple(Classifier.load(self.device).classify(_in_8_bits(picture.rgb)))
+            self.watch.begins("encode", expected_seconds=encoded_at_once_px / ENCODE_AT_ONCE_PX_PER_SECOND)
+            with clock.time("encode"):
+                size_bytes = encoder.close()
+        return labels, size_bytes, self._report(fidelity, repairs, precise)
+
+    def _report(self, fidelity: Fidelity, repairs: Repairs, precise: bool) -> dict[str, Any]:
+        """The body of `GET /v1/jobs/{id}/report`."""
+        return {
+            **asdict(fidelity),
+            "tiles": self.work.tile_count,
+            **asdict(repairs),
+            "precision": "float32" if precise else "float16",
+            "compare_seconds": round(self.clock.timings["compare_seconds"], 4),
+        }
 
 
 def _laid_on_background(picture: Picture, wanted: Wanted, format: Format) -> tuple[Picture, tuple[str, ...]]:
@@ -282,21 +375,15 @@ def _result_bits(picture: Picture, format: Format) -> int:
 class _Enlarging:
     """The rows of one result: colours from the network, alpha beside them, and the watch told after every tile."""
 
-    def __init__(
-        self,
-        network: Network,
-        picture: Picture,
-        work: Work,
-        wanted: Wanted,
-        format: Format,
-        watch: Watch,
-        clock: _Stopwatch,
-    ) -> None:
+    def __init__(self, making: _Making, precise: bool, repairs: Repairs) -> None:
+        picture, work, network = making.picture, making.work, making.network
         self._network, self._picture, self._work = network, picture, work
-        self._scale, self._format, self._watch, self._clock = wanted.scale, format, watch, clock
-        self._bits = _result_bits(picture, format)
+        self._scale, self._format = making.wanted.scale, making.format
+        self._watch, self._clock = making.watch, making.clock
+        self._precise, self._repairs = precise, repairs
+        self._bits = _result_bits(picture, making.format)
         self._dtype: type[np.unsignedinteger[Any]] = np.uint8 if self._bits == 8 else np.uint16
-        self._alpha_by_network = picture.alpha is not None and wanted.alpha == "model"
+        self._alpha_by_network = picture.alpha is not None and making.wanted.alpha == "model"
         # Passes of the network over the picture: colours, and alpha where it goes the same way.
         passes = 1 + self._alpha_by_network
         self._tiles_done = [0] * passes
@@ -334,7 +421,14 @@ class _Enlarging:
             self._tell()
 
         return upscale.enlarge(
-            self._network, image, self._scale, work=self._work, on_tile=on_tile, dtype=np.dtype(dtype)
+            self._network,
+            image,
+            self._scale,
+            work=self._work,
+            on_tile=on_tile,
+            dtype=np.dtype(dtype),
+            precise=self._precise,
+            repairs=self._repairs,
         )
 
     def _alpha_rows(self) -> Callable[[EnlargedRows], Samples] | None:

@@ -26,7 +26,8 @@ import structlog
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from shared import jobs, workers
+from shared import jobs, own_models, workers
+from shared.catalog import ModelCard
 from shared.db import Database, clock
 from shared.errors import (
     DatabaseUnavailable,
@@ -48,9 +49,10 @@ from shared.storage import Storage
 from shared.telemetry import log, tallies
 from shared.traces import Phases, Traces
 from shared.workers import Presence
-from worker import upscale
+from worker import contact_sheet, upscale
 from worker.decoding import Sandboxed
-from worker.enlarging import Engine, Progress, Wanted
+from worker.enlarging import Engine, Enlarged, Onlooker, Progress, Wanted
+from worker.networks import own
 from worker.previews import Previews
 from worker.thumbnails import Thumbnails
 from worker.trace import Trace
@@ -224,6 +226,11 @@ class Lifeline:
         if is_first or since_seconds >= PROGRESS_SECONDS or (band_ended and since_seconds >= BAND_SECONDS):
             self._write(self._settings.lease_seconds)
 
+    def routed(self, model: str, reason: str) -> None:
+        """Writes down what `auto` came to, so that it shows while the work goes on."""
+        with self._database.transaction() as session:
+            jobs.route(session, self._claim, model=model, reason=reason)
+
     def sent(self, _bytes: int) -> None:
         """Some bytes of the result are in storage. Called from the upload's threads; raises nothing."""
         with self._lock:
@@ -336,13 +343,17 @@ class Executor:
         decoder = Sandboxed(settings.max_input_px)
         # It warms up while the network does.
         decoder.sandbox.start()
-        engines = {kind: Engine.of(settings, device, decoder)}
-        engines.setdefault("cpu", Engine.of(settings, "cpu", decoder))
+        own_cards = _own_models(settings)
+        engines = {kind: Engine.of(settings, device, decoder, own_cards)}
+        engines.setdefault("cpu", Engine.of(settings, "cpu", decoder, own_cards))
         engines[kind].warm_up()
         sweep_scratch()
         facts = workers.this_process("images", queues=queues, device=kind, device_name=_device_name(kind))
         traces = Traces(settings.traces_url, "images")
-        executor = cls(Database(settings.sqlalchemy_url), Storage(settings), settings, engines, facts, decoder, traces)
+        database = Database(settings.sqlalchemy_url)
+        executor = cls(database, Storage(settings), settings, engines, facts, decoder, traces)
+        with database.transaction() as session:
+            own_models.offer(session, own_cards, now=clock(session))
         executor.presence.start()
         log.info(
             "worker.ready",
@@ -477,9 +488,7 @@ class Executor:
             self._storage.get(job.input_key, cast(BinaryIO, source))
             fetched = time.monotonic()
             target = folder / f"result{format.extension}"
-            made = self._engines[device].enlarge_file(
-                cast(BinaryIO, source), target, wanted_of(job), lifeline, thumbnails, previews
-            )
+            made = self._made(job, device, cast(BinaryIO, source), target, lifeline, thumbnails, previews)
 
             storing = time.monotonic()
             lifeline.begins("store", expected_seconds=made.bytes / STORE_BYTES_PER_SECOND)
@@ -515,6 +524,26 @@ class Executor:
             labels=labels,
             timings={name: round(value, 4) for name, value in timings.items()},
             warnings=warnings,
+            report=made.report,
+            preview=None if job.preview is None else {**job.preview, "cells": made.cells},
+        )
+
+    def _made(
+        self, job: Job, device: str, source: BinaryIO, target: Path, lifeline: Lifeline, *onlookers: Onlooker
+    ) -> Enlarged:
+        """The larger picture, or the contact sheet of a preview, in `target`."""
+        engine = self._engines[device]
+        if job.preview is None:
+            return engine.enlarge_file(source, target, wanted_of(job), lifeline, *onlookers)
+        return contact_sheet.make(
+            engine,
+            source,
+            target,
+            crop=job.preview["crop"],
+            models=job.preview["models"],
+            scale=job.scale,
+            watch=lifeline,
+            onlookers=onlookers,
         )
 
     def _record(self, claim: Claim, outcome: Outcome, trace: Mapping[str, Any]) -> None:
@@ -597,6 +626,16 @@ def _count(outcome: Outcome, model: str) -> None:
             # Beside the seconds of phases there are numbers of what the work was.
             if name.endswith("_seconds") and name != "queued_seconds":
                 tallies.observe("enlarger_phase_seconds", seconds, phase=name.removesuffix("_seconds"))
+
+
+def _own_models(settings: Settings) -> list[ModelCard]:
+    """What lies in `models_dir`. A file that cannot be used is logged, and harms nothing."""
+    if not settings.models_dir:
+        return []
+    cards, faults = own.scan(Path(settings.models_dir))
+    for fault in faults:
+        log.warning("model.unusable", path=fault.path, detail=fault.reason)
+    return cards
 
 
 def wanted_of(job: Job) -> Wanted:

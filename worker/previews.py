@@ -51,6 +51,7 @@ class Previews:
     def begins(self, input_rgb: Samples, width: int, height: int) -> None:  # noqa: ARG002  (an Onlooker's)
         """The picture is decoded, (H, W, 3), and its result will be `width` x `height` px."""
         self._width, self._height = width, height
+        self._left_over, self._y_px = None, 0
 
     def made(self, rows: Samples) -> None:
         """The next rows of the result, (h, width, channels) uint8 or uint16."""

@@ -42,8 +42,11 @@ class Thumbnails:
         self._rows: list[Samples] = []
 
     def begins(self, input_rgb: Samples, width: int, height: int) -> None:
-        """The picture is decoded, (H, W, 3), and its result will be `width` x `height` px."""
+        """The picture is decoded, (H, W, 3), and its result will be `width` x `height` px. May come again."""
         self._every = _every(width, height)
+        self._rows, self._y_px = [], 0
+        if self._storing is not None:
+            return
         every = _every(*input_rgb.shape[:2])
         # A copy: the thread must not keep the whole picture.
         sampled = input_rgb[::every, ::every].copy()

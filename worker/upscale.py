@@ -25,7 +25,8 @@ from worker.networks import Network
 from worker.tiling import SMALLEST_TILE_PX, Band, Plan, Tile, choose_plan, plan, smaller
 
 OnTile = Callable[[int, int], None]
-"""Called after every tile with (tiles done, tiles in all); a band done again adds to both. May raise to stop all."""
+"""Called after every tile with (tiles done, tiles in all), and again within a tile that takes long; a band done again
+adds to both. May raise to stop all."""
 
 SECONDS_PER_TILE = 5.0
 """Progress renews a lease, and progress is a finished tile: the lease is several times this."""
@@ -61,6 +62,15 @@ class EnlargedRows:
     bands_done: int
     """Bands finished so far, those of an earlier pass included."""
     bands_total: int
+
+
+@dataclass
+class Repairs:
+    """What went wrong on the way and was mended, counted."""
+
+    tiles_not_finite: int = 0
+    bands_flat: int = 0
+    bands_done_again: int = 0
 
 
 @dataclass(frozen=True)
@@ -186,6 +196,8 @@ def enlarge(
     work: Work | None = None,
     on_tile: OnTile | None = None,
     dtype: DTypeLike = np.float32,
+    precise: bool = False,
+    repairs: Repairs | None = None,
 ) -> Iterator[EnlargedRows]:
     """The picture at exactly `scale` times its size, rows from the top down, as they are finished.
 
@@ -193,7 +205,8 @@ def enlarge(
     [0, 1], or uint8 or uint16 over their full range, rounded. At a network's own scale nothing else happens; below it,
     one Lanczos step goes down; above it, a network of the same card runs again over the result first. `work` is what
     `plan_work` gave for this picture, and is made here if left out. `on_tile` is called after every tile; what it
-    raises passes through.
+    raises passes through. `precise` computes in float32 also where half precision would do; `repairs` counts what had
+    to be mended.
 
     Only some bands are held, never the whole result; where the network runs twice, the result of the first pass is held
     once, in uint16: half of float32, and 256 times finer than the 8-bit levels the network was trained on.
@@ -207,7 +220,7 @@ def enlarge(
             f"The work was planned for {work.width} x {work.height} px x {work.scale}; "
             f"the picture is {width} x {height} px and the scale {scale}."
         )
-    count = _Count(work.tile_count, on_tile)
+    count = _Count(work.tile_count, on_tile, precise=precise, repairs=repairs)
     bands_done = 0
     *first, last = zip(network.passes(scale), work.plans, strict=True)
     for each, whole in first:
@@ -253,15 +266,23 @@ def upscale(
 
 
 class _Count:
-    """Tiles done, of how many, told to the caller after each."""
+    """Tiles done, of how many, told to the caller after each; and what else holds for all bands of a picture."""
 
-    def __init__(self, total: int, on_tile: OnTile | None) -> None:
+    def __init__(
+        self, total: int, on_tile: OnTile | None, *, precise: bool = False, repairs: Repairs | None = None
+    ) -> None:
         self.done = 0
         self.total = total
+        self.precise = precise
+        self.repairs = repairs or Repairs()
         self._on_tile = on_tile
 
     def tile_done(self) -> None:
         self.done += 1
+        self.tell()
+
+    def tell(self) -> None:
+        """Also called within a tile that takes long: all that is told then is that the work goes on."""
         if self._on_tile is not None:
             self._on_tile(self.done, self.total)
 
@@ -271,7 +292,15 @@ class _DoesNotFit(Exception):
 
 
 class _NotPlausible(Exception):
-    """The result is not finite, or flat where it should not be. Carries the sentence for BadOutput."""
+    """The result is not right. Carries the sentence for BadOutput."""
+
+
+class _NotFinite(_NotPlausible):
+    """NaN or infinity."""
+
+
+class _Flat(_NotPlausible):
+    """Flat where the input is not."""
 
 
 def _bands(
@@ -291,7 +320,7 @@ def _mended(
     network: Network, image: NDArray[Any], whole: Plan, band: Band, count: _Count, dtype: np.dtype[Any]
 ) -> NDArray[Any]:
     """The band's pixels, by whatever cut and precision the device can do."""
-    half = network.prefers_half
+    half = network.prefers_half and not count.precise
     while True:
         done_before = count.done
         try:
@@ -308,10 +337,13 @@ def _mended(
             tallies.count("enlarger_oom_retries_total")
             band = smaller(whole, band, max(SMALLEST_TILE_PX, longest_px // 2))
         except _NotPlausible as error:
+            count.repairs.tiles_not_finite += isinstance(error, _NotFinite)
+            count.repairs.bands_flat += isinstance(error, _Flat)
             if not half:
                 raise BadOutput(str(error), model=network.card.name, device=str(network.device)) from error
             tallies.count("enlarger_band_reruns_total")
             band_before, half = band, False
+        count.repairs.bands_done_again += 1
         # The tiles finished in vain stay counted, as done and as work: progress never falls.
         count.total += len(band.tiles) - (len(band_before.tiles) - (count.done - done_before))
         if network.device.type == "cuda":
@@ -334,6 +366,7 @@ def _tried(
         ) from error
     darkest, brightest = math.inf, -math.inf
     for tile in band.tiles:
+        network.on_step = count.tell
         piece, low, high = _one_tile(network, image, tile, half, dtype)
         darkest, brightest = min(darkest, low), max(brightest, high)
         top, left = (tile.keep.y - region.y) * scale, (tile.keep.x - region.x) * scale
@@ -344,9 +377,7 @@ def _tried(
         full = np.iinfo(image.dtype).max if image.dtype.kind == "u" else 1
         # Channel by channel: a picture of one colour is flat too.
         if float(np.ptp(shown.astype(np.float32), axis=(0, 1)).max()) / full > FLAT_INPUT_RANGE:
-            raise _NotPlausible(
-                f"The network's answer for rows {region.y} to {region.bottom} is flat; the input is not."
-            )
+            raise _Flat(f"The network's answer for rows {region.y} to {region.bottom} is flat; the input is not.")
     return pixels
 
 
@@ -370,7 +401,7 @@ def _one_tile(
         # NaN and infinity pass through aminmax, so that one pass over the tile serves both checks.
         low, high = (float(value) for value in kept.aminmax())
         if not (math.isfinite(low) and math.isfinite(high)):
-            raise _NotPlausible(
+            raise _NotFinite(
                 f"The network answered NaN or infinity for {keep.width} x {keep.height} px at ({keep.x}, {keep.y})."
             )
         piece = _quantized(kept, dtype)

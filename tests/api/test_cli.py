@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
@@ -232,6 +233,37 @@ def test_a_job_goes_through_every_command(served: Any, pictures: list[Path], tmp
     assert "[not-found]" in gone.err
 
 
+def test_a_preview_shows_a_crop_by_each_model_and_a_report_says_how_true_a_result_is(
+    served: Any, pictures: list[Path], tmp_path: Path
+) -> None:
+    sheet = tmp_path / "sheet.png"
+    words = ("preview", pictures[0], "-o", sheet, "--models", "srgan,real-esrgan-video,lanczos", "--crop", "2,2,12,8")
+    ran = served(*words, "--json")
+    assert ran.status == 0, ran.err
+    cells = ran.json["job"]["preview"]["cells"]
+    assert [cell["model"] for cell in cells] == ["srgan", "real-esrgan-video", "lanczos"]
+    with Image.open(sheet) as image:
+        for cell in cells:
+            box = (cell["x"], cell["y"], cell["x"] + cell["width"], cell["y"] + cell["height"])
+            colour = np.asarray(image.crop(box)).mean(axis=(0, 1))
+            # Teal, by whichever network.
+            assert np.abs(colour - (0, 128, 128)).max() < 30, cell
+    assert str(sheet) in served(*words).out
+    wrong = served("preview", pictures[0], "-o", sheet, "--crop", "1,2,3")
+    assert wrong.status == 1
+    assert "crop" in wrong.err
+    assert served("preview", pictures[0], "--crop", "a,b").status == 2
+
+    job_id = served("submit", pictures[0], "--model", "auto", "--wait", "--json").json["job"]["id"]
+    job = served("status", job_id, "--json").json
+    assert job["model"] == "real-esrgan"
+    assert "tiny picture" in job["routing"]["reason"]
+    report = served("report", job_id, "--json").json
+    assert report["job_id"] == job_id
+    assert report["colour_difference"] < 5
+    assert "psnr db" in served("report", job_id).out
+
+
 def test_models_are_listed(served: Any) -> None:
     assert {"srgan", "srresnet"} <= {model["name"] for model in served("models", "--json").json}
     assert "Apache-2.0" in served("models").out
@@ -304,6 +336,20 @@ def test_the_doctor_finds_this_machine_well(migrated: Any) -> None:
     for name in ("python", "torch", "weights of srgan", "redis", "storage", "sql", "disk"):
         assert states[name] == "ok"
     assert states["service"] == "optional"
+
+
+def test_the_doctor_names_a_model_of_ones_own_that_is_broken(migrated: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    (folder / "broken.pth").write_bytes(b"no model")
+    # Redis is looked for first, and is the stack's business.
+    ran = migrated("doctor", "--json", ENLARGER_MODELS_DIR=str(folder))
+    found = {finding["name"]: finding for finding in ran.json["findings"]}
+    mine = found["models of your own"]
+    assert (ran.status, mine["state"]) == (1, "missing")
+    assert mine["detail"].startswith("broken.pth: Neither safetensors nor a file of torch's")
+    assert "the other models work without them" in mine["remedy"]
+    assert found["weights of srgan"]["state"] == "ok"
 
 
 def test_the_doctor_says_what_does_not_answer_and_what_to_do(enlarger: Any) -> None:

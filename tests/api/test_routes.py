@@ -168,6 +168,11 @@ def test_an_estimate_comes_from_the_card_until_there_is_a_history(api_on_both: A
     # One megapixel took 1 to 4 s; this is eight.
     assert 8 <= learned.expected_seconds.p50 <= 32
     assert learned.expected_seconds.p95 == pytest.approx(32)
+    # At scale 2 the network does the same work, and a step down.
+    halved = caller.post("/v1/estimates", json={**asked, "scale": 2}).json["expected_seconds"]
+    assert halved["p95"] == pytest.approx(32)
+    # What a CPU took says nothing of a GPU.
+    assert caller.post("/v1/estimates", json={**asked, "device": "gpu"}).json["basis"] == "model-cost"
 
 
 def test_an_estimate_tells_what_would_be_refused(caller: Caller) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from shared.catalog import CARDS, ModelCard, card
+from shared.errors import InvalidRequest
 
 OF_ONE_SCALE = card("srgan")
 OF_THREE = replace(
@@ -42,7 +43,7 @@ def test_a_scale_is_reached_by_the_fewest_networks_that_go_least_beyond(
 
 @pytest.mark.parametrize("scale", [-1, 0, 17])
 def test_scales_that_are_not_offered_are_refused(scale: int) -> None:
-    with pytest.raises(ValueError, match="The scale is 1 to 16"):
+    with pytest.raises(InvalidRequest, match="The scale of srgan is 1 to 16"):
         OF_ONE_SCALE.passes(scale)
 
 

@@ -305,25 +305,43 @@ def test_a_gpu_is_alive_while_its_worker_is_heard_of(database: Database, now: da
         assert not queries.gpu_is_alive(session, **LOST_AFTER, now=now + 30 * SECOND)
 
 
-def test_history_gives_rates_of_the_newest_successes_of_one_model(database: Database, now: datetime) -> None:
+def test_history_is_what_jobs_of_the_model_took_on_the_device_over_what_they_were_expected_to(
+    database: Database, now: datetime
+) -> None:
     with database.transaction() as session:
         key = a_key(session, now)
-        assert queries.run_history(session, "srgan") == queries.RunHistory(0, None, None)
-        for number in range(1, 11):
-            claim = a_claim(session, a_job(session, key, now).id, now)
+
+        def history(device: str = "cpu", expected_seconds: float = 3.0, sample: int = 200) -> queries.RunHistory:
+            return queries.run_history(
+                session, "srgan", device=device, expected_seconds=expected_seconds, sample=sample
+            )
+
+        def done(number: int, seconds: float, expected_seconds: float, device: str = "cpu") -> None:
+            job = a_job(session, key, now, expected_seconds=expected_seconds)
+            claim = a_claim(session, job.id, now, device=device)
             timings = {
                 "queued_seconds": 999.0,
-                "upscale_seconds": number * 0.5,
-                "store_seconds": 0.5 * number,
+                "upscale_seconds": seconds / 2,
+                "store_seconds": seconds / 2,
                 "tiles": 7.0,
             }
-            result = a_result(claim, width=1000, height=1000, timings=timings)
-            jobs.succeed(session, claim, result, now=now + number * SECOND)
-        a_job_in(JobState.SUCCEEDED, session, key, now, model="srresnet")
-        history = queries.run_history(session, "srgan")
-        assert (history.jobs, history.p50_seconds_per_output_mp, history.p95_seconds_per_output_mp) == (10, 5.0, 10.0)
-        newest = queries.run_history(session, "srgan", sample=2)
-        assert (newest.jobs, newest.p50_seconds_per_output_mp) == (2, 9.0)
+            jobs.succeed(session, claim, a_result(claim, timings=timings), now=now + number * SECOND)
+
+        assert history() == queries.RunHistory(0, None, None)
+        for number in range(1, 11):
+            done(number, seconds=0.2 * number, expected_seconds=2.0)
+        a_job_in(JobState.SUCCEEDED, session, key, now, model="srresnet", expected_seconds=2.0)
+        done(11, seconds=0.02, expected_seconds=2.0, device="gpu")
+        assert history() == queries.RunHistory(10, pytest.approx(1.5), pytest.approx(3.0))
+        assert history(expected_seconds=6.0) == queries.RunHistory(10, pytest.approx(3.0), pytest.approx(6.0))
+        assert history(sample=2) == queries.RunHistory(2, pytest.approx(2.7), pytest.approx(3.0))
+        assert history(device="gpu") == queries.RunHistory(1, pytest.approx(0.03), pytest.approx(0.03))
+        # Of small jobs the fixed costs are the most: they say nothing of large ones, unless there is nothing else.
+        for number in range(12, 17):
+            done(number, seconds=1.0, expected_seconds=0.01)
+        assert history() == queries.RunHistory(10, pytest.approx(1.5), pytest.approx(3.0))
+        assert history(expected_seconds=0.02) == queries.RunHistory(5, pytest.approx(2.0), pytest.approx(2.0))
+        assert history(expected_seconds=900.0).jobs == 15
 
 
 @pytest.mark.parametrize(

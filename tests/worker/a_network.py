@@ -26,6 +26,7 @@ class Repeating(Network):
         self.stands_for = device
         self.calls = 0
         self._before_call = before_call
+        self.answers_with: Callable[[Tensor], Tensor] = lambda answer: answer
 
     bytes_per_px = 1
     fixed_bytes = 0
@@ -46,7 +47,7 @@ class Repeating(Network):
         self._before_call(self.calls)
         x, y, width, height = keep or (0, 0, tile.shape[3], tile.shape[2])
         kept = tile[:, :, y : y + height, x : x + width]
-        return kept.repeat_interleave(self.scale, 2).repeat_interleave(self.scale, 3)
+        return self.answers_with(kept.repeat_interleave(self.scale, 2).repeat_interleave(self.scale, 3))
 
 
 def install(

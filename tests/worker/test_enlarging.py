@@ -11,8 +11,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from shared.errors import FormatCannotHoldSize, InvalidImage, ModelUnavailable, OutputTooLarge, TooManyPixels
+from shared.catalog import card
+from shared.errors import BadOutput, FormatCannotHoldSize, InvalidImage, ModelUnavailable, OutputTooLarge, TooManyPixels
 from tests.worker import a_network
+from worker import enlarging
 from worker.enlarging import Engine, Enlarged, Progress, Unwatched, Wanted
 
 WIDTH, HEIGHT = 20, 12
@@ -201,6 +203,58 @@ def test_what_the_watch_raises_stops_the_work_and_leaves_no_file(engine: Engine,
     with pytest.raises(Enough):
         engine.enlarge_file(a_file(Image.new("RGB", (9, 9))), tmp_path / "result.png", Wanted(), Stopping())
     assert list(tmp_path.iterdir()) == []
+
+
+class OfHalfPrecision(a_network.Repeating):
+    """As a GPU whose float16 answers are another picture."""
+
+    prefers_half = True
+    right_in_full = True
+    asked: list[bool]
+
+    def __call__(self, tile: Any, *, keep: Any = None, half: bool = False) -> Any:
+        self.asked.append(half)
+        answer = super().__call__(tile, keep=keep)
+        return 1 - answer if half or not self.right_in_full else answer
+
+
+def test_a_result_that_is_another_picture_is_made_again_in_full_precision(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    network = OfHalfPrecision(card("srgan"))
+    network.asked = []
+    monkeypatch.setattr(enlarging, "load", lambda *_: network)
+    engine = Engine("cpu", max_input_px=10_000, max_output_px=1_000_000)
+    samples = ramp(HEIGHT, WIDTH, 3)
+    result, made = enlarged(engine, tmp_path, Image.fromarray(samples), Wanted())
+    assert np.array_equal(np.asarray(result), repeated(samples))
+    assert network.asked == [True, False]
+    assert made.report is not None
+    assert made.report["precision"] == "float32"
+
+    network.right_in_full = False
+    with pytest.raises(BadOutput, match="is not the picture handed in") as caught:
+        engine.enlarge_file(a_file(Image.fromarray(samples)), tmp_path / "none.png", Wanted())
+    assert caught.value.facts["psnr_db"] < 10
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_auto_is_resolved_and_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    a_network.install(monkeypatch)
+    engine = Engine("cpu", max_input_px=100_000, max_output_px=10_000_000)
+    told: list[tuple[str, str]] = []
+
+    class Hearing(Unwatched):
+        def routed(self, model: str, reason: str) -> None:
+            told.append((model, reason))
+
+    photo = Image.fromarray(ramp(130, 120, 3))
+    made = engine.enlarge_file(a_file(photo), tmp_path / "result.png", Wanted(model="auto"), Hearing())
+    assert made.model == "srgan"
+    assert told == [("srgan", told[0][1])]
+    assert "route_seconds" in made.timings
+    engine.enlarge_file(a_file(photo), tmp_path / "result.png", Wanted(model="srgan"), Hearing())
+    assert len(told) == 1
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,9 @@ import torch
 from PIL import Image
 from sqlalchemy.orm import Session
 
+from api.schemas import ReportView
 from shared import jobs, thumbnails, workers
+from shared.catalog import card
 from shared.db import Database, clock
 from shared.errors import (
     BadOutput,
@@ -303,6 +305,55 @@ def test_a_worker_says_what_it_takes_of_its_machine(bench: Bench) -> None:
     assert usage is not None
     assert usage["memory_bytes"] > 1_000_000
     assert usage["cpu_share"] >= 0
+
+
+def test_every_result_has_a_report_of_how_true_it_is(bench: Bench) -> None:
+    job_id = bench.submit()
+    bench.executor.run(job_id)
+    report = bench.job(job_id).report
+    assert report is not None
+    assert ReportView.model_validate({"job_id": job_id, "model": "srgan", "scale": 4, **report})
+    # Pixels repeated shrink to what they were.
+    assert (report["psnr_db"], report["ssim"], report["colour_difference"]) == (None, 1.0, 0.0)
+    assert (report["tiles"], report["seams"], report["precision"]) == (6, 3, "float32")
+
+
+def test_a_result_that_is_another_picture_is_not_delivered(bench: Bench) -> None:
+    job_id = bench.submit()
+    network = bench.networks.setdefault("cpu", a_network.Repeating(card("srgan")))
+    network.answers_with = lambda answer: 1 - answer
+    for attempt in (1, 2, 3):
+        outcome = bench.executor.run(job_id)
+        assert isinstance(outcome, Retryable), attempt
+        assert isinstance(outcome.error, BadOutput)
+        bench.make_due(job_id)
+    job = bench.job(job_id)
+    assert (job.state, job.error_code, job.result_key) == (JobState.FAILED, "bad-output", None)
+    assert job.error_detail is not None
+    assert "is not the picture handed in" in job.error_detail
+    assert bench.results(job_id) == []
+
+
+def test_auto_is_resolved_when_the_picture_has_been_seen(bench: Bench) -> None:
+    job_id = bench.submit(model="auto", routing_reason="auto")
+    assert isinstance(bench.executor.run(job_id), Succeeded)
+    job = bench.job(job_id)
+    assert job.model == "real-esrgan"
+    assert job.routing_reason.startswith("auto: a tiny picture, 24 x 16 px")
+
+
+def test_a_preview_is_an_attempt_like_any_other(bench: Bench) -> None:
+    asked = {"crop": {"x": 4, "y": 4, "width": 10, "height": 8}, "models": ["srgan", "lanczos"]}
+    job_id = bench.submit(model="preview", preview=asked)
+    assert isinstance(bench.executor.run(job_id), Succeeded)
+    job = bench.job(job_id)
+    assert job.preview is not None
+    assert job.report is None
+    assert [cell["model"] for cell in job.preview["cells"]] == ["srgan", "lanczos"]
+    file = io.BytesIO()
+    assert job.result_key is not None
+    bench.storage.get(job.result_key, file)
+    assert Image.open(file).size == (job.result_width, job.result_height)
 
 
 def test_labels_come_with_the_result_when_asked_for(bench: Bench) -> None:

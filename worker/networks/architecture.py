@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 Keep = tuple[int, int, int, int]
@@ -29,6 +31,9 @@ class Architecture(nn.Module):
         tail_reach_px: int = 0,
     ) -> None:
         super().__init__()
+        self.on_step: Callable[[], None] = nothing
+        """Called now and then within `forward` and `enlarge` by a network whose calls take long: a sign of life."""
+        self.supports_half = True
         self.scale = scale
         self.reach_px = reach_px
         """Input px beyond its own place that an output pixel can depend on, on each side."""
@@ -53,3 +58,7 @@ class Architecture(nn.Module):
         result: Tensor = self(x)[:, :, rows, columns]
         # Out of place: where all is kept the result may be a view of what the network still holds.
         return result.float().clamp(0, 1)
+
+
+def nothing() -> None:
+    pass

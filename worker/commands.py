@@ -203,6 +203,7 @@ def classify(pictures: tuple[Path, ...], device: str, as_json: bool) -> None:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write a picture here: a crop of the first picture by every model.",
 )
+@click.option("--markdown", is_flag=True, help="Print one table for a document, with licences and origins.")
 @click.option(
     "--y",
     "y_convention",
@@ -219,6 +220,7 @@ def evaluate(
     json_path: str | None,
     html_path: Path | None,
     sheet_path: Path | None,
+    markdown: bool,
     y_convention: str,
     device: str,
 ) -> None:
@@ -235,6 +237,7 @@ def evaluate(
     from worker import metrics
     from worker import upscale as engine
     from worker.comparison import COLUMNS, LEGEND, Comparison
+    from worker.comparison import markdown as comparison_table
 
     every = [metrics.BICUBIC, *(card.name for card in catalog.CARDS)]
     names = every if models == "all" else list(dict.fromkeys(name.strip() for name in models.split(",")))
@@ -275,6 +278,9 @@ def evaluate(
         return
     if json_path:
         Path(json_path).write_text(document + "\n")
+    if markdown:
+        click.echo(comparison_table(tables, catalog.CARDS))
+        return
     for condition, table in zip(conditions, tables.values(), strict=True):
         click.echo(condition)
         rows = [[mean.model, *(column.written(mean) for column in COLUMNS)] for mean in table.means]

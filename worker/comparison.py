@@ -11,11 +11,13 @@ import html
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from shared.catalog import ModelCard
 from worker.metrics import Score, Table
 
 CROP_PX = 96
@@ -70,13 +72,14 @@ class Comparison:
 
     def page(self, tables: Mapping[str, Table], conditions: Sequence[str]) -> str:
         """The report as one HTML document; `conditions` say how it was measured."""
-        parts = [f"<p class=note>{html.escape(line)}</p>" for line in (*conditions, *LEGEND)]
+        parts = _notes(conditions)
         for name, table in tables.items():
             parts.append(f"<h2>{html.escape(name)}</h2>{_table(table)}")
             for (benchmark, picture), crops in self._crops.items():
                 if benchmark == name:
                     figures = "".join(_figure(model, *crop) for model, crop in crops.items())
                     parts.append(f"<h3>{html.escape(picture)}</h3><div class=crops>{figures}</div>")
+        parts += ["<h2>How to read it</h2>", *_notes(LEGEND)]
         return PAGE.replace("{parts}", "\n".join(parts))
 
     def sheet(self) -> Image.Image:
@@ -96,6 +99,31 @@ class Comparison:
             pen.text((left, top + SHOWN_PX + 2), model, "#111111", bold)
             pen.text((left, top + SHOWN_PX + 19), _in_short(score), "#555555", plain)
         return sheet
+
+
+def markdown(tables: Mapping[str, Table], cards: Sequence[ModelCard]) -> str:
+    """A table for a document: every model with its licence, where it comes from, its speed and its scores."""
+    header = ["model", "scales", "licence", "origin", "MP/s", *(f"{name}: PSNR / SSIM / perceptual" for name in tables)]
+    lines = [header, ["---"] * len(header)]
+    of_model = {card.name: card for card in cards}
+    for means in zip(*(table.means for table in tables.values()), strict=True):
+        card = of_model.get(means[0].model)
+        told = ["any", "", "MATLAB's `imresize`, as in published tables"] if card is None else _told(card)
+        speed = f"{fmean(mean.megapixels_per_second for mean in means):.2g}"
+        scores = [f"{mean.psnr:.2f} / {mean.ssim:.4f} / {mean.perceptual:.2f}" for mean in means]
+        lines.append([f"`{means[0].model}`", *told, speed, *scores])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _told(card: ModelCard) -> list[str]:
+    scales = [each.scale for each in card.at_each_scale]
+    shown = "any" if len(scales) > 4 else ", ".join(f"x{scale}" for scale in scales)
+    address = card.source_url.removeprefix("https://").partition("#")[0].removesuffix("/")
+    return [shown, card.licence, f"[{address}]({card.source_url})" if address else ""]
+
+
+def _notes(lines: Sequence[str]) -> list[str]:
+    return [f"<p class=note>{html.escape(line)}</p>" for line in lines]
 
 
 def _in_short(score: Score | None) -> str:

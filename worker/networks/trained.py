@@ -83,4 +83,5 @@ def write(path: Path, network: nn.Module, architecture: str, scale: int, facts: 
     metadata = {"format": FORMAT, "architecture": architecture, "scale": str(scale)}
     metadata |= {name: each if isinstance(each, str) else json.dumps(each) for name, each in facts.items()}
     weights = {name: each.detach().float().cpu().contiguous() for name, each in network.state_dict().items()}
-    safetensors.torch.save_file(weights, path, metadata)
+    # Not save_file: it makes files that nobody else may read, and the workers may be another user.
+    path.write_bytes(safetensors.torch.save(weights, metadata))

@@ -388,7 +388,9 @@ def train(
         "srresnet" if network == "srgan" else network,
         scale,
         {
-            **{name: value for name, value in asdict(plan).items() if name not in ("network", "scale")},
+            **{name: value for name, value in asdict(plan).items() if name not in ("network", "scale", "init")},
+            # A file's name and not its folder, which is nobody else's business.
+            "init": plan.init and Path(plan.init).name,
             "photographs": len(photographs),
             "data": data.resolve().name,
             "best_step": best.step,

@@ -354,7 +354,7 @@ def mean_psnr(network: nn.Module, pairs: Sequence[Pair]) -> float:
     with torch.inference_mode():
         for pair in pairs:
             answer = network(tensor_of(pair.small[None], next(network.parameters()).device))[0]
-            picture = (answer * 255).round_().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+            picture = (answer.clamp(0, 1) * 255).round_().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
             values.append(psnr(picture, pair.truth, len(pair.truth) // len(pair.small)))
     return fmean(values)
 

@@ -198,6 +198,14 @@ def test_set5_scores_are_those_of_an_independent_port(samples: Path) -> None:
     assert scores["srresnet"].psnr == pytest.approx(32.02, abs=0.01)
 
 
+def test_srgan_is_farther_than_fsrcnn_by_psnr_and_looks_nearer(samples: Path) -> None:
+    for folder in ("set5", "set14"):
+        scores = means(evaluate(samples / "sr" / folder, ["fsrcnn", "srgan"]))
+        assert scores["srgan"].psnr < scores["fsrcnn"].psnr, folder
+        assert scores["srgan"].perceptual < scores["fsrcnn"].perceptual, folder
+        assert scores["srgan"].niqe < scores["fsrcnn"].niqe, folder
+
+
 def test_bicubic_scores_are_those_of_the_papers(samples: Path) -> None:
     # To the last digit that they print, also where the small pictures are made here.
     for folder, expected in (("set5", ("28.42", "0.8101")), ("set14", ("25.99", "0.7023"))):

@@ -33,6 +33,14 @@ def facts_of(content: bytes) -> dict[str, str]:
         raise ModelUnavailable("This is no safetensors file.") from error
 
 
+def is_ours(content: bytes) -> bool:
+    """Whether these bytes are a file that `write` made."""
+    try:
+        return facts_of(content).get("format") == FORMAT
+    except ModelUnavailable:
+        return False
+
+
 def empty(architecture: str, scale: int) -> Architecture:
     """The network of that kind without its weights. Raises ModelUnavailable for one that is not ours."""
     if architecture in LUMA_NETWORKS and 2 <= scale <= 4:
@@ -48,9 +56,9 @@ def empty(architecture: str, scale: int) -> Architecture:
 
 def read(content: bytes, scale: int) -> Architecture:
     """A frozen network from the bytes of a file that `write` made. Raises ModelUnavailable for any other."""
+    if not is_ours(content):
+        raise ModelUnavailable("These weights were not made by `enlarger train`.")
     facts = facts_of(content)
-    if facts.get("format") != FORMAT:
-        raise ModelUnavailable("These weights were not made by `enlarger train`.", format=facts.get("format"))
     if facts["scale"] != str(scale):
         raise ModelUnavailable(f"These weights are for x{facts['scale']}, not for x{scale}.", scale=scale)
     network = empty(facts["architecture"], scale)

@@ -29,6 +29,15 @@ def bars() -> Progress:
     )
 
 
+def sparkline(values: Sequence[float], columns: int = 48) -> str:
+    """A curve in one line of text; of more values than `columns` every so-manieth is shown, the last one always."""
+    shown = [values[round(at * (len(values) - 1) / max(1, columns - 1))] for at in range(columns)]
+    shown = list(values) if len(values) <= columns else shown
+    low, high = min(shown), max(shown)
+    steps = "▁▂▃▄▅▆▇█"
+    return "".join(steps[round((value - low) / ((high - low) or 1) * (len(steps) - 1))] for value in shown)
+
+
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Columns as wide as what is in them."""
     table = Table(*header, box=None, header_style="bold", show_header=any(header), pad_edge=False)

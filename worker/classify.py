@@ -31,6 +31,8 @@ RESIZED_PX = 256
 MEAN, DEVIATION = 127.0, 128.0
 """As the original trained it. ImageNet's usual mean and deviation cost 9 points of top-1 here."""
 TOP = 5
+STAGE_ENDS = (0, 2, 4, 7, 10, 14, 15)
+"""The last block of each stage: at 1/2, 1/4, 1/8, 1/16, 1/16, 1/32, 1/32 of the picture's size."""
 
 BATCHNORM_EPSILON = 1e-3
 STEM_CHANNELS, HEAD_CHANNELS, CLASSES = 32, 1280, 1000
@@ -89,6 +91,14 @@ class Classifier:
             Label(_name(index), index, probability)
             for index, probability in zip(indices.tolist(), probabilities.tolist(), strict=True)
         ]
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """What the network sees in pictures on its way, finest first; gradients flow back to x.
+
+        x: (N, 3, H, W) in [0, 1], of any size, on the classifier's device -> at each of STAGE_ENDS
+        (N, channels, H / 2, W / 2), and so on.
+        """
+        return cast(_EfficientNetLite0, self._module).features((x * 255 - MEAN) / DEVIATION)
 
 
 def _name(index: int) -> str:
@@ -183,6 +193,15 @@ class _EfficientNetLite0(nn.Module):
         self._conv_head = _SameConv(channels, HEAD_CHANNELS, 1)
         self._bn1 = _batchnorm(HEAD_CHANNELS)
         self._fc = nn.Linear(HEAD_CHANNELS, CLASSES)
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        x = F.relu6(self._bn0(self._conv_stem(x)))
+        seen = []
+        for index, block in enumerate(self._blocks):
+            x = block(x)
+            if index in STAGE_ENDS:
+                seen.append(x)
+        return seen
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu6(self._bn0(self._conv_stem(x)))

@@ -134,8 +134,9 @@ def test_the_command_line(desk: Path, environment: dict[str, str]) -> None:
     assert size_of(desk / "larger.jpg") == size_of(desk / "larger.png") == (192, 192)
 
 
-def test_every_number_of_the_table_of_models_is_a_card() -> None:
+def test_the_table_of_models_lists_every_card_with_its_licence() -> None:
     from shared.catalog import CARDS
 
     table = README.partition("## Models\n")[2].partition("\n## ")[0]
-    assert re.findall(r"^\| `(\w+)` \| x(\d)", table, re.MULTILINE) == [(c.name, str(c.scale)) for c in CARDS]
+    rows = re.findall(r"^\| `([\w-]+)` \| [^|]+ \| ([^|]*?) ?\|", table, re.MULTILINE)
+    assert rows == [("bicubic-matlab", ""), *((card.name, card.licence) for card in CARDS)]

@@ -127,13 +127,42 @@ def test_models_are_scored_on_every_benchmark_of_a_folder(benchmark: Path, tmp_p
         commands.evaluate, "--data", benchmark, "--models", "bicubic,srresnet", "--json", tmp_path / "scores.json"
     )
     assert ran.exit_code == 0, ran.output
-    assert "tiny, 2 pictures" in ran.stdout
-    assert "srresnet" in ran.stdout
+    assert "tiny: 2 pictures, x4, small ones from LRx4, Y rounded" in ran.stdout
+    header = next(line for line in ran.stdout.splitlines() if line.startswith("model"))
+    for column in ("PSNR", "SSIM", "perceptual", "NIQE", "s a picture", "MP/s", "peak memory"):
+        assert column in header
     scores = json.loads((tmp_path / "scores.json").read_text())
     bicubic, srresnet = scores["tiny"]["means"]
     assert 15 < bicubic["psnr"] < 60
     assert 15 < srresnet["psnr"] < 60
     assert len(scores["tiny"]["rows"]) == 4
+
+
+def test_the_report_needs_no_other_file_and_shows_every_model_beside_the_true_picture(
+    benchmark: Path, tmp_path: Path
+) -> None:
+    words = ("--data", benchmark, "--models", "bicubic-matlab,lanczos")
+    ran = run(commands.evaluate, *words, "--html", tmp_path / "report.html", "--sheet", tmp_path / "sheet.png")
+    assert ran.exit_code == 0, ran.output
+    page = (tmp_path / "report.html").read_text()
+    for picture in ("0", "1"):
+        assert f"<h3>{picture}</h3>" in page
+    for shown in ("true picture", "bicubic-matlab", "lanczos"):
+        assert page.count(f'<img alt="{shown}" src="data:image/png;base64,') == 2
+    assert "http" not in page
+    assert 'src="' not in page.replace('src="data:', "")
+    # Two columns of figures have a better one, of each row.
+    assert page.count("class=best") >= 4
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        # One row: the first picture's crop, three times.
+        assert sheet.size == (3 * 204 + 12, 232 + 12)
+
+
+def test_equal_pictures_have_no_psnr_in_json(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), (9, 99, 199)).save(tmp_path / "flat.png")
+    ran = run(commands.evaluate, "--data", tmp_path, "--models", "bicubic-matlab", "--json", "-")
+    (score,) = json.loads(ran.stdout)[tmp_path.name]["means"]
+    assert (score["psnr"], score["ssim"], score["niqe"]) == (None, 1.0, None)
 
 
 def test_scores_alone_are_printed_on_request(benchmark: Path) -> None:

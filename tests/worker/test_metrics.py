@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from shared.errors import ModelUnavailable
-from worker.metrics import BICUBIC, Score, Table, evaluate, luma, psnr, ssim
+from worker.bicubic import imresize
+from worker.metrics import BICUBIC, Score, Table, _read, benchmarks, evaluate, luma, psnr, ssim
 
 
 def noise(width: int, height: int, seed: int = 0) -> NDArray[np.uint8]:
@@ -89,6 +90,8 @@ def test_a_border_that_leaves_nothing_is_refused() -> None:
 @pytest.fixture
 def benchmark_folder(tmp_path: Path) -> Path:
     """A colour and a gray picture, the first no multiple of the scale."""
+    tmp_path = tmp_path / "benchmark"
+    tmp_path.mkdir()
     for name in ("HR", "LRx4"):
         (tmp_path / name).mkdir()
     smooth = Image.fromarray(noise(6, 5)).resize((82, 61), Image.Resampling.BICUBIC)
@@ -103,8 +106,9 @@ def benchmark_folder(tmp_path: Path) -> Path:
 def test_a_folder_is_evaluated_model_by_model_with_means(benchmark_folder: Path) -> None:
     told: list[tuple[int, int]] = []
     table = evaluate(
-        benchmark_folder, ["bicubic", "srresnet"], on_progress=lambda done, total: told.append((done, total))
+        benchmark_folder, [BICUBIC, "srresnet"], on_progress=lambda done, total: told.append((done, total))
     )
+    assert (table.scale, table.made_small) == (4, False)
     assert [(row.model, row.picture) for row in table.rows] == [
         (BICUBIC, "colour"),
         (BICUBIC, "gray"),
@@ -118,23 +122,67 @@ def test_a_folder_is_evaluated_model_by_model_with_means(benchmark_folder: Path)
         assert mean.psnr == pytest.approx(sum(row.psnr for row in rows) / 2)
         assert mean.ssim == pytest.approx(sum(row.ssim for row in rows) / 2)
         assert mean.seconds == pytest.approx(sum(row.seconds for row in rows) / 2)
-        # Smooth pictures: any enlargement that is in its place is near.
+        assert mean.perceptual == pytest.approx(sum(row.perceptual for row in rows) / 2)
+        assert mean.peak_bytes == max(row.peak_bytes for row in rows) > 50_000_000
+        for row in rows:
+            side = (80, 60)
+            assert row.megapixels_per_second == pytest.approx(side[0] * side[1] / 1e6 / row.seconds)
+        # Smooth pictures: any enlargement that is in its place is near. They are too small for NIQE.
         assert mean.psnr > 25
+        assert mean.niqe is None is table.truth_niqe
+
+
+def test_true_pictures_alone_are_made_small_as_the_published_sets_were(benchmark_folder: Path) -> None:
+    whole = evaluate(benchmark_folder, [BICUBIC], scale=2)
+    assert (whole.scale, whole.made_small) == (2, True)
+    expected = _read(benchmark_folder / "HR" / "gray.png")
+    again = imresize(imresize(expected, 40, 30), 80, 60)
+    assert [row.psnr for row in whole.rows if row.picture == "gray"] == [psnr(again, expected, 2)]
+    # The same without a folder HR.
+    assert evaluate(benchmark_folder / "HR", [BICUBIC], scale=2).means[0].psnr == whole.means[0].psnr
+
+
+def test_a_folder_with_several_scales_needs_to_be_told_which(benchmark_folder: Path) -> None:
+    (benchmark_folder / "LRx4").rename(benchmark_folder / "LRx3")
+    (benchmark_folder / "LRx4").mkdir()
+    with pytest.raises(ValueError, match="LRx3, LRx4: say by the scale"):
+        evaluate(benchmark_folder, [BICUBIC])
+
+
+def test_each_picture_is_handed_on_with_its_score(benchmark_folder: Path) -> None:
+    seen: list[tuple[str, tuple[int, ...]]] = []
+
+    def on_picture(score: Score, picture: NDArray[np.uint8], truth: NDArray[np.uint8]) -> None:
+        assert score.psnr == psnr(picture, truth, 4)
+        seen.append((score.picture, picture.shape))
+
+    evaluate(benchmark_folder, [BICUBIC], on_picture=on_picture)
+    assert seen == [("colour", (60, 80, 3)), ("gray", (60, 80))]
 
 
 def test_an_unknown_model_shows_before_any_work(benchmark_folder: Path) -> None:
     told: list[tuple[int, int]] = []
     with pytest.raises(ModelUnavailable, match="no model named 'none'"):
-        evaluate(benchmark_folder, ["bicubic", "none"], on_progress=lambda done, total: told.append((done, total)))
+        evaluate(benchmark_folder, [BICUBIC, "none"], on_progress=lambda done, total: told.append((done, total)))
     assert told == []
 
 
 def test_a_folder_without_pairs_is_refused(benchmark_folder: Path, tmp_path: Path) -> None:
     (benchmark_folder / "HR" / "gray.png").unlink()
     with pytest.raises(ValueError, match="no true one in HR: \\['gray.png'\\]"):
-        evaluate(benchmark_folder, ["bicubic"])
-    with pytest.raises(ValueError, match="one folder LRx<scale> of small pictures; it has 0"):
-        evaluate(benchmark_folder / "HR", ["bicubic"])
+        evaluate(benchmark_folder, [BICUBIC])
+    with pytest.raises(ValueError, match="holds no pictures, and no folder HR"):
+        evaluate(tmp_path / "HR" / "none", [BICUBIC])
+    (benchmark_folder / "HR" / "colour.png").write_bytes(b"no picture at all")
+    with pytest.raises(ValueError, match="colour.png cannot be read as a picture"):
+        evaluate(benchmark_folder / "HR", [BICUBIC])
+
+
+def test_a_folder_is_one_benchmark_or_holds_some(benchmark_folder: Path) -> None:
+    assert benchmarks(benchmark_folder) == benchmarks(benchmark_folder.parent) == [benchmark_folder]
+    assert benchmarks(benchmark_folder / "HR") == [benchmark_folder / "HR"]
+    (benchmark_folder / "none").mkdir()
+    assert benchmarks(benchmark_folder / "none") == []
 
 
 def means(table: Table) -> dict[str, Score]:
@@ -150,9 +198,17 @@ def test_set5_scores_are_those_of_an_independent_port(samples: Path) -> None:
     assert scores["srresnet"].psnr == pytest.approx(32.02, abs=0.01)
 
 
+def test_srgan_is_farther_than_fsrcnn_by_psnr_and_looks_nearer(samples: Path) -> None:
+    for folder in ("set5", "set14"):
+        scores = means(evaluate(samples / "sr" / folder, ["fsrcnn", "srgan"]))
+        assert scores["srgan"].psnr < scores["fsrcnn"].psnr, folder
+        assert scores["srgan"].perceptual < scores["fsrcnn"].perceptual, folder
+        assert scores["srgan"].niqe < scores["fsrcnn"].niqe, folder
+
+
 def test_bicubic_scores_are_those_of_the_papers(samples: Path) -> None:
-    # The small pictures were made by MATLAB. Pillow's bicubic enlargement differs from MATLAB's by less than this.
-    for folder, expected_psnr, expected_ssim in (("set5", 28.42, 0.8101), ("set14", 25.99, 0.7023)):
-        score = means(evaluate(samples / "sr" / folder, ["bicubic"]))[BICUBIC]
-        assert score.psnr == pytest.approx(expected_psnr, abs=0.01), folder
-        assert score.ssim == pytest.approx(expected_ssim, abs=0.0005), folder
+    # To the last digit that they print, also where the small pictures are made here.
+    for folder, expected in (("set5", ("28.42", "0.8101")), ("set14", ("25.99", "0.7023"))):
+        for path in (samples / "sr" / folder, samples / "sr" / folder / "HR"):
+            score = means(evaluate(path, [BICUBIC]))[BICUBIC]
+            assert (f"{score.psnr:.2f}", f"{score.ssim:.4f}") == expected, path

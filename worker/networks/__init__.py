@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shared.catalog import ModelCard, OwnFile
 from shared.errors import ModelUnavailable
-from worker.networks import compact, own, resampling, rrdb, srresnet
+from worker.networks import compact, own, resampling, rrdb, srresnet, trained
 from worker.networks.architecture import Architecture, Keep, nothing
 from worker.networks.weights import read_verified
 
@@ -27,6 +27,7 @@ ARCHITECTURES: tuple[tuple[str, Callable[[bytes, int], Architecture]], ...] = (
     ("rrdb-6", functools.partial(rrdb.read_ncnn, blocks=6)),
     ("rrdb-23", functools.partial(rrdb.read_ncnn, blocks=23)),
     ("srresnet", srresnet.read_keras),
+    ("trained", trained.read),
 )
 """Every architecture that is ours: the card's key, and what makes a module of the bytes of its weights and its scale.
 Where a card has no weights the bytes are none."""

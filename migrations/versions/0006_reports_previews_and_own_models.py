@@ -1,6 +1,6 @@
 """reports, previews and models of one's own
 
-Revision: 0006; follows 0004. Only adds: code that knows nothing of it goes on working.
+Revision: 0006; follows 0005.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0006"
-down_revision = "0004"
+down_revision = "0005"
 branch_labels = None
 depends_on = None
 

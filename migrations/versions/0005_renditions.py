@@ -1,6 +1,6 @@
 """renditions, and the jobs of one picture
 
-Revision: 0004; follows 0007.
+Revision: 0005; follows 0004.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0004"
-down_revision = "0007"
+revision = "0005"
+down_revision = "0004"
 branch_labels = None
 depends_on = None
 

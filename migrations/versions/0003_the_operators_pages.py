@@ -1,6 +1,6 @@
 """the operator's pages: traces, pauses, drains, hours of jobs, the audit log
 
-Revision: 0005; follows 0001.
+Revision: 0003; follows 0002.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0005"
-down_revision = "0003"
+revision = "0003"
+down_revision = "0002"
 branch_labels = None
 depends_on = None
 

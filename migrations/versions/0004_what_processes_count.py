@@ -1,6 +1,6 @@
 """what processes count
 
-Revision: 0007; follows 0005.
+Revision: 0004; follows 0003.
 
 Code of the revision before neither reads nor writes the column.
 """
@@ -10,8 +10,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0007"
-down_revision = "0005"
+revision = "0004"
+down_revision = "0003"
 branch_labels = None
 depends_on = None
 

@@ -1,6 +1,6 @@
 """sessions of pages, and a key's secret before its rotation
 
-Revision: 0003; follows 0001.
+Revision: 0002; follows 0001.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0003"
+revision = "0002"
 down_revision = "0001"
 branch_labels = None
 depends_on = None

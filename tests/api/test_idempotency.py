@@ -95,6 +95,8 @@ def test_ten_requests_at_once_are_one_job(api_on_both: Api) -> None:
     assert len(api_on_both.context.storage.keys()) == 1
 
 
+# Two thousand requests: half a minute on a quiet machine.
+@pytest.mark.timeout(900)
 def test_two_hundred_keys_ten_times_at_once_are_two_hundred_jobs(
     settings: Settings, postgresql_database: Database, storage: Storage, redis_url: str
 ) -> None:

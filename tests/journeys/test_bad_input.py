@@ -8,6 +8,7 @@ them (5,000) and prints what became of all.
 from __future__ import annotations
 
 import csv
+import io
 import logging
 import os
 import re
@@ -31,12 +32,13 @@ from sqlalchemy import func, select
 from shared import keys
 from shared.db import Database, clock
 from shared.models import TERMINAL_STATES, Job, JobState
-from shared.pictures import FORMATS
+from shared.pictures import FORMATS, inspect_in
 from shared.settings import Settings
 from shared.storage import Storage
 from shared.workers import WorkerFacts, enlist
 from tests.api.conftest import running, served
 from tests.conftest import wait_until
+from tests.factories import a_png
 from tests.mutants import bombs, mutants
 from tests.worker import a_network
 from tests.worker.test_codec import EXPECTED_DISAGREEMENTS
@@ -171,6 +173,8 @@ def harness(
         }
     )
     with running(roomy) as api, served(api.app) as url, sqlite_database.transaction() as session:
+        # As a process of the service has it: warm before the first picture comes.
+        inspect_in(api.context.sandbox, io.BytesIO(a_png()), max_px=MAX_INPUT_PX)
         _, secret = keys.create(session, name="fuzz", scopes=["jobs"], now=datetime.now(UTC))
         session.commit()
         decoders = [Sandboxed(MAX_INPUT_PX) for _ in range(2)]

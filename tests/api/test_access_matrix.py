@@ -56,6 +56,7 @@ EXPECTED: dict[tuple[str, str], Kind] = {
     ("GET", "/v1/key"): "any key",
     ("GET", "/v1/models"): "jobs",
     ("GET", "/v1/models/<name>"): "jobs",
+    ("POST", "/v1/previews"): "jobs",
     ("POST", "/v1/uploads"): "jobs",
     ("GET", "/v1/webhook-deliveries"): "jobs",
     ("GET", "/v1/webhook-endpoints"): "jobs",
@@ -228,6 +229,17 @@ def test_each_caller_gets_what_is_theirs_and_nothing_else(api: Api, scopes: tupl
     for path, name in lists.items():
         assert mine[name] in another.ask("GET", path).text
         assert not any(theirs in another.ask("GET", path).text for theirs in ids.values())
+
+
+@pytest.mark.parametrize("scope", ["viewer", "operator"])
+def test_who_only_runs_the_queue_gets_nothing_of_v1(api: Api, scope: str) -> None:
+    """What such a key may do under /admin is tested form by form (`test_operations.py`)."""
+    ids = belongings(api, with_key(api, ("jobs",)))
+    asker = with_key(api, (scope,))
+    for method, rule in every_route(api):
+        if kind_of(method, rule) in ("jobs", "owned") and rule != "/":
+            answer = asker.ask(method, filled(rule, ids))
+            assert (answer.status_code, answer.json["code"]) == (403, "forbidden"), (method, rule)
 
 
 @pytest.mark.parametrize("scopes", SCOPES)

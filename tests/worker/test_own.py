@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +19,13 @@ import torch
 from PIL import Image
 from spandrel.architectures.Compact import Compact as SRVGGNetCompact
 
-from shared.catalog import OwnFile
+from shared.catalog import EXACT, OwnFile
 from shared.errors import InvalidRequest, ModelUnavailable
+from tests.factories import a_png
+from worker import networks
 from worker.enlarging import Engine, Wanted
 from worker.networks import load, own
+from worker.networks.fsrcnn import Fsrcnn
 
 
 def a_network(scale: int = 2) -> dict[str, torch.Tensor]:
@@ -50,6 +54,20 @@ def test_every_file_that_spandrel_reads_is_a_card(folder: Path) -> None:
     assert len(mine.weights.sha256) == 64
     # The network's own three convolutions, and little else.
     assert mine.megaflops_per_input_px == pytest.approx(2 * 9 * (3 * 8 + 2 * 8 * 8 + 8 * 12) / 1e6, rel=0.01)
+
+
+def test_what_enlarger_train_made_is_a_model_like_any_other_and_exact(tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    # What it shipped with came out of that command.
+    shipped = Path(networks.__file__).parent / "fsrcnn-x3.safetensors"
+    shutil.copy(shipped, folder / "family.safetensors")
+    [card], faults = own.scan(folder)
+    assert (faults, card.name, card.architecture, card.scale) == ([], "family", "fsrcnn", 3)
+    assert (card.halo_px, card.guarantee) == (Fsrcnn(3).reach_px, EXACT)
+    engine = Engine("cpu", max_input_px=10_000, max_output_px=1_000_000, own=[card])
+    made = engine.enlarge_file(io.BytesIO(a_png(12, 9)), tmp_path / "result.png", Wanted(model="family", scale=3))
+    assert (made.width, made.height, made.model) == (36, 27, "family")
 
 
 def test_a_picture_is_enlarged_by_ones_own_model_as_by_spandrel_itself(folder: Path, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Models of your own: files that somebody puts into ENLARGER_MODELS_DIR, in any architecture that spandrel knows.
+"""Models of your own: files that somebody puts into ENLARGER_MODELS_DIR, made by `enlarger train` or in any
+architecture that spandrel knows.
 
 A file is data here, never a program: `.safetensors`, or `.pth` and `.pt` by torch's reader that makes nothing but
 tensors and plain values. A file that cannot be read or run is a Fault with a reason, and harms none beside it.
@@ -24,8 +25,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from shared.catalog import CARDS, LARGEST_SCALE, ModelCard, OwnFile
+from shared.catalog import CARDS, EXACT, LARGEST_SCALE, ModelCard, OwnFile
 from shared.errors import ModelUnavailable
+from worker.networks import trained
 from worker.networks.architecture import Architecture
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
@@ -85,8 +87,11 @@ class Own(Architecture):
         return answer
 
 
-def read(content: bytes, scale: int) -> Own:
-    """The network of a file's bytes. Raises ModelUnavailable for what is none, in words for who put it there."""
+def read(content: bytes, scale: int) -> Architecture:
+    """The network of a file's bytes; of any scale where `scale` is 0. Raises ModelUnavailable for what is none, in
+    words for who put it there."""
+    if trained.is_ours(content):
+        return trained.read(content, scale or int(trained.facts_of(content)["scale"]))
     try:
         network = Own(content)
     except ModelUnavailable:
@@ -126,15 +131,23 @@ def _card(path: Path) -> ModelCard:
         raise ModelUnavailable(f"Rename the file: {name} is the name of a model of the catalogue.")
     content = path.read_bytes()
     network = read(content, 0)
-    described = ", ".join((network.architecture_name, *network.tags))
+    if isinstance(network, Own):
+        architecture = network.architecture_name
+        described = ", ".join((architecture, *network.tags))
+        guarantee = (
+            f"None: how far the network sees is not known. Tiles read {HALO_PX} px around themselves; the job's "
+            "report says how well the seams came out."
+        )
+    else:
+        architecture = trained.facts_of(content)["architecture"]
+        described, guarantee = f"{architecture}, trained here", EXACT
     return ModelCard(
         name=name,
-        architecture=network.architecture_name,
+        architecture=architecture,
         scale=network.scale,
-        halo_px=HALO_PX,
+        halo_px=network.reach_px,
         summary=f"Your own: {path.name} ({described}).",
-        guarantee=f"None: how far the network sees is not known. Tiles read {HALO_PX} px around themselves; the job's "
-        "report says how well the seams came out.",
+        guarantee=guarantee,
         licence="as its author says",
         source_url="",
         origin=f"The file {path.name} in ENLARGER_MODELS_DIR.",

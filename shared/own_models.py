@@ -11,6 +11,7 @@ from dataclasses import asdict
 from datetime import datetime
 
 from sqlalchemy import delete, select
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from shared.catalog import ModelCard, OwnFile
@@ -20,8 +21,13 @@ from shared.models import OwnModel
 def offer(session: Session, cards: Sequence[ModelCard], *, now: datetime) -> None:
     """Writes the cards of one folder down in place of those there were. The folder is the same for every worker."""
     session.execute(delete(OwnModel).where(OwnModel.name.not_in([card.name for card in cards])))
-    for card in cards:
-        session.merge(OwnModel(name=card.name, card=asdict(card), seen_at=now))
+    # Workers start together and say the same: by name, so that none waits for one that waits for it.
+    insert = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
+    for card in sorted(cards, key=lambda card: card.name):
+        told = {"card": asdict(card), "seen_at": now}
+        session.execute(
+            insert(OwnModel).values(name=card.name, **told).on_conflict_do_update(index_elements=["name"], set_=told)
+        )
 
 
 def offered(session: Session) -> tuple[ModelCard, ...]:

@@ -175,14 +175,17 @@ class Presence:
         is_alive: Callable[[], bool] = lambda: True,
         models_loaded: Callable[[], Sequence[str]] = tuple,
         usage: Callable[[], Mapping[str, float] | None] = lambda: None,
+        on_enlist: Callable[[Session, datetime], None] = lambda _session, _now: None,
     ) -> None:
-        """`is_alive` is asked before each beat: a process that hangs in its work must come to look lost."""
+        """`is_alive` is asked before each beat: a process that hangs in its work must come to look lost. `on_enlist`
+        writes what the process has to tell beside its row, in the same transaction."""
         self.facts = facts
         self._database = database
         self._interval_seconds = interval_seconds
         self._is_alive = is_alive
         self._models_loaded = models_loaded
         self._usage = usage
+        self._on_enlist = on_enlist
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="presence", daemon=True)
         self._beat_file = Path(tempfile.gettempdir()) / f"{_BEAT_PREFIX}{facts.pid}-{_started(facts.pid)}"
@@ -223,6 +226,7 @@ class Presence:
                 samples = tallies.samples()
                 if not seen(session, self.facts.id, models_loaded=models, usage=usage, samples=samples, now=now):
                     enlist(session, self.facts, models_loaded=models, samples=samples, now=now)
+                    self._on_enlist(session, now)
         except DatabaseUnavailable as error:
             log.warning("worker.not_seen", worker_id=self.facts.id, detail=error.detail)
 

@@ -306,9 +306,10 @@ class Executor:
         facts: workers.WorkerFacts,
         decoder: Sandboxed | None = None,
         traces: Traces | None = None,
+        own_cards: Sequence[ModelCard] = (),
     ) -> None:
         """`engines` by the contract's word for their device: `cpu`, and `gpu` where there is one. `decoder`: theirs,
-        closed with this."""
+        closed with this. `own_cards`: models of its own that it offers to everybody."""
         self.must_end = False
         """No further attempt may be made in this process: its device is broken, or it has been told to exit."""
         self._database, self._storage, self._settings = database, storage, settings
@@ -326,6 +327,7 @@ class Executor:
             is_alive=self._is_alive,
             models_loaded=lambda: engines[facts.device or "cpu"].models_loaded,
             usage=self._usage.now,
+            on_enlist=lambda session, now: own_models.offer(session, own_cards, now=now),
         )
 
     @classmethod
@@ -351,9 +353,7 @@ class Executor:
         facts = workers.this_process("images", queues=queues, device=kind, device_name=_device_name(kind))
         traces = Traces(settings.traces_url, "images")
         database = Database(settings.sqlalchemy_url)
-        executor = cls(database, Storage(settings), settings, engines, facts, decoder, traces)
-        with database.transaction() as session:
-            own_models.offer(session, own_cards, now=clock(session))
+        executor = cls(database, Storage(settings), settings, engines, facts, decoder, traces, own_cards)
         executor.presence.start()
         log.info(
             "worker.ready",

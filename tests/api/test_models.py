@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from datetime import UTC, datetime
 from io import BytesIO
@@ -62,6 +63,17 @@ def test_what_the_newest_worker_found_is_offered(database: Database) -> None:
     offer(database)
     with database.reading() as session:
         assert own_models.offered(session) == ()
+
+
+def test_workers_that_start_together_offer_the_same_without_a_clash(postgresql_database: Database) -> None:
+    with postgresql_database.transaction() as first:
+        own_models.offer(first, [MINE], now=datetime.now(UTC))
+        # The second waits until the first has committed, and then writes the same.
+        second = threading.Thread(target=offer, args=(postgresql_database, MINE))
+        second.start()
+    second.join(30)
+    with postgresql_database.reading() as session:
+        assert own_models.offered(session) == (MINE,)
 
 
 def test_a_model_of_ones_own_is_listed_estimated_and_asked_for_by_name(api: Api, caller: Caller) -> None:

@@ -394,6 +394,7 @@ class JobView(Answered):
     result: ResultView | None
     labels: list[Label] | None
     timings: dict[str, float] | None
+    report_url: str | None = Field(None, description="Where to see how true the result is, once there is one.")
     preview: PreviewFacts | None = None
     error: JobError | None
     external_id: str | None

@@ -453,7 +453,7 @@ def get_report(context: Context, caller: Caller, job_id: str) -> Response:
         job = queries.owned_job(session, job_id, caller.key_id)
     if not queries.is_finished(job):
         raise JobNotFinished(f"The job is {job.state}.", status_now=str(job.state))
-    if job.report is None or job.state != JobState.SUCCEEDED:
+    if job.report is None or not queries.has_report(job):
         raise JobHasNoResult(
             f"The job is {job.state}, and has no report: only pictures that were delivered have one, and previews and "
             "jobs from before there were reports do not.",

@@ -12,7 +12,7 @@ import gzip
 from pathlib import Path
 from urllib.parse import urlencode
 
-from flask import Blueprint, Response, current_app, g, redirect, render_template, request
+from flask import Blueprint, Response, g, redirect, render_template, request
 from werkzeug.wrappers import Response as AnyResponse
 
 from api import auth, problems, words
@@ -45,7 +45,6 @@ def blueprint(context: Context) -> Blueprint:
             here="enlarge",
             models=CARDS,
             samples={path.stem for path in SAMPLES.glob("*.webp")},
-            has_reports="v1.get_report" in current_app.view_functions,
             scales=range(1, LARGEST_SCALE + 1),
             formats=[format for format in FORMATS if format.written],
             read_formats=", ".join(format.name.upper() for format in FORMATS),

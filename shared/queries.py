@@ -78,6 +78,7 @@ def job_view(job: Job, *, queue_position: int | None = None) -> dict[str, Any]:
         },
         "labels": job.labels if job.state == JobState.SUCCEEDED else None,
         "timings": job.timings if job.state == JobState.SUCCEEDED else None,
+        "report_url": f"/v1/jobs/{job.id}/report" if has_report(job) else None,
         "preview": job.preview,
         "warnings": list(job.warnings or ()),
         "error": None
@@ -86,6 +87,11 @@ def job_view(job: Job, *, queue_position: int | None = None) -> dict[str, Any]:
         "external_id": job.external_id,
         "batch_id": job.batch_id,
     }
+
+
+def has_report(job: Job) -> bool:
+    """Previews have none, and neither have jobs from before there were reports."""
+    return job.state == JobState.SUCCEEDED and job.report is not None
 
 
 def iso(moment: datetime | None) -> str | None:

@@ -136,7 +136,7 @@ def test_the_preview_tells_of_each_strip_of_the_newest_attempt(api: Api, caller:
         assert image.size == (256, 100)
     with Thumbnails(api.context.storage, prefix, claim.attempt) as thumbnails:
         thumbnails.begins(np.zeros((48, 64, 3), np.uint8), 256, 192)
-    assert caller.get(f"{path}/thumbnail").mimetype == "image/webp"
+    assert caller.get(f"{path}/thumbnail?of=input").mimetype == "image/webp"
     for wrong in ("1/input", "x/0000000000-1x1-1.jpeg", "2/0000000000-256x100-1.jpeg", f"{10**10}/0-1x1-1.jpeg"):
         assert caller.get(f"{path}/preview/{wrong}").json["code"] == "not-found", wrong
     # A stranger sees nothing of it.

@@ -10,7 +10,7 @@ import re
 import shutil
 import socket
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -246,7 +246,7 @@ class Site:
         for job_id, kind in wait_until(owed, seconds=30, what="a rendition to be asked for"):
             make(self.database, self.storage, job_id, kind)
 
-    def succeed(self, claim: Claim, *, at: datetime | None = None) -> bytes:
+    def succeed(self, claim: Claim, *, at: datetime | None = None, report: Mapping[str, Any] | None = None) -> bytes:
         """Enlarges the input, plainly, and ends the job with it, now or `at`. Returns the result's bytes."""
         job = self.job(claim.job_id)
         file = io.BytesIO()
@@ -264,6 +264,7 @@ class Site:
             "sha256": hashlib.sha256(result).hexdigest(),
             "labels": list(LABELS) if job.classify else None,
             "timings": {"queued_seconds": 0.1, "upscale_seconds": 2.5, "store_seconds": 0.05},
+            "report": report,
         }
         with self.database.transaction() as session:
             jobs.succeed(session, claim, JobResult(**facts), now=at or clock(session))

@@ -342,20 +342,30 @@ def test_what_the_browser_cannot_show_is_shown_all_the_same(site: Site, open_pag
 
 
 def test_the_fidelity_report_is_a_badge_that_opens(site: Site, open_page: Callable[..., Watched]) -> None:
-    # The route is another part's; here it is played, as its contract says.
     key_id, _ = site.key("jobs")
     page = open_page(key_id).page
-    report = {"psnr_db": 34.21, "ssim": 0.951, "mean_colour_difference": 0.42, "verdict": "faithful"}
-    page.route("**/report", lambda route: route.fulfill(json=report))
-    page.evaluate("document.getElementById('bench').dataset.reports = ''")
+    report = {
+        "psnr_db": 34.21,
+        "ssim": 0.951,
+        "colour_difference": 0.42,
+        "seam_score": None,
+        "seams": 0,
+        "tiles": 1,
+        "tiles_not_finite": 0,
+        "bands_flat": 0,
+        "bands_done_again": 0,
+        "precision": "float32",
+        "compare_seconds": 0.002,
+    }
     hand_in(page, PICTURE)
     expect(page.locator("#job-step")).to_contain_text("Waiting")
-    site.succeed(site.claim(site.newest_job().id))
+    site.succeed(site.claim(site.newest_job().id), report=report)
     badge = page.locator("#report")
-    expect(badge).to_contain_text("faithful")
+    expect(badge).to_contain_text("34.2 dB when made small again, colours ΔE 0.42")
     expect(badge.locator("dl")).to_be_hidden()
     badge.locator("summary").press("Enter")
-    expect(badge.locator("dl")).to_contain_text("34.2 dB")
+    expect(badge.locator("dl")).to_contain_text("0.951")
+    expect(badge.locator("dl")).not_to_contain_text("seams")
 
 
 # --- what comes between -----------------------------------------------------------------------------------------------

@@ -224,17 +224,16 @@ export class JobView {
   }
 
   async #drawReport(job) {
-    if (!("reports" in part("bench").dataset)) return;
+    if (!job.report_url) return;
     let report;
     try {
-      report = await call("GET", `/v1/jobs/${job.id}/report`);
+      report = await call("GET", job.report_url);
     } catch {
       return;
     }
-    const rows = figures(report ?? {});
-    if (this.#job?.id !== job.id || rows.length === 0) return;
+    if (this.#job?.id !== job.id) return;
     part("report-verdict").textContent = verdict(report);
-    part("report-figures").replaceChildren(...rows.flatMap(([name, figure]) => [
+    part("report-figures").replaceChildren(...figures(report).flatMap(([name, figure]) => [
       Object.assign(document.createElement("dt"), { textContent: name }),
       Object.assign(document.createElement("dd"), { textContent: figure }),
     ]));

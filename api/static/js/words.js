@@ -113,20 +113,21 @@ const ADVICE = {
 const FIGURES = [
   ["psnr_db", "Likeness when made small again (PSNR)", (value) => `${value.toFixed(1)} dB`],
   ["ssim", "Likeness of structure (SSIM)", (value) => value.toFixed(3)],
-  ["mean_colour_difference", "Mean difference of colour (ΔE)", (value) => value.toFixed(2)],
-  ["seam_score", "Seams between tiles", (value) => value.toFixed(2)],
+  ["colour_difference", "Mean difference of colour (ΔE)", (value) => value.toFixed(2)],
+  ["seam_score", "Steps at the seams between tiles (1: none to be seen)", (value) => value.toFixed(2)],
+  ["tiles", "Tiles", (value) => value.toLocaleString("en")],
+  ["bands_done_again", "Bands computed again", (value) => value.toLocaleString("en")],
 ];
 
-/** A fidelity report's figures as [name, figure]; what it does not tell is left out. */
+/** A fidelity report's figures as [name, figure]; what could not be measured is left out. */
 export function figures(report) {
-  const rows = FIGURES.filter(([key]) => typeof report[key] === "number").map(([key, name, say]) => [name, say(report[key])]);
-  const tiles = report.tiles ?? {};
-  return [...rows, ...Object.entries(tiles).filter(([, value]) => typeof value === "number").map(([key, value]) => [`Tiles: ${key.replaceAll("_", " ")}`, value.toLocaleString("en")])];
+  return FIGURES.filter(([key]) => typeof report[key] === "number").map(([key, name, say]) => [name, say(report[key])]);
 }
 
-/** What a fidelity report comes to, in a word or two. */
-export function verdict(report) {
-  return String(report.verdict ?? "measured").replaceAll("_", " ");
+/** What a fidelity report comes to, in a word or two: PSNR is null where nothing differs. */
+export function verdict({ psnr_db, colour_difference }) {
+  const likeness = psnr_db === null ? "the same when made small again" : `${psnr_db.toFixed(1)} dB when made small again`;
+  return typeof colour_difference === "number" ? `${likeness}, colours ΔE ${colour_difference.toFixed(2)}` : likeness;
 }
 
 /** How long pictures will take, from the estimates for them; honest about what that is founded on. */

@@ -152,7 +152,8 @@ def test_g2_a_worker_that_wakes_up_after_its_lease_is_refused(
         stored = [key.rpartition("/")[2] for key in storage.keys(f"jobs/{job['id']}/")]
     finally:
         storage.close()
-    assert stored == ["input", "result-2.png"]
+    # Beside them lie small pictures of how it looked on the way.
+    assert [name for name in stored if name.startswith(("input", "result-"))] == ["input", "result-2.png"]
 
 
 def worker_is_on(database: Database, worker_id: str, job_id: str) -> bool:

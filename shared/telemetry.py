@@ -125,10 +125,10 @@ tallies = Tallies()
 
 # Every field that a line may have beside those of the log itself; tests/shared/test_telemetry.py holds the code to it.
 _FIELDS = """
-    attempt batch_id blobs code delivery_id detail device drained error expired fault job_id jobs key_id messages
-    method model module outcome path pause_seconds prefix prefixes queue queues reason record_id removals request_id
-    seconds signal state status step strays threads timings traceparent try_number type unsent wait_seconds well
-    worker worker_id workers_forgotten
+    attempt batch_id blobs bytes code delivery_id detail device drained error expired fault job_id jobs key_id kind
+    messages method model module outcome path pause_seconds prefix prefixes queue queues reason record_id removals
+    request_id seconds signal state status step strays threads timings traceparent try_number type unsent
+    wait_seconds well worker worker_id workers_forgotten
 """
 FIELDS = frozenset(_FIELDS.split())
 _OF_THE_LOG = frozenset({"event", "level", "timestamp", "exc_info", "exception", "stack", "stack_info", "logger"})

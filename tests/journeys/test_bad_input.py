@@ -151,7 +151,17 @@ class Harness:
 
 
 @pytest.fixture
+def few_words() -> Iterator[None]:
+    """Logs errors only: there would be thousands of lines, each about a file that is broken on purpose."""
+    before = structlog.get_config()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+    yield
+    structlog.configure(**before)
+
+
+@pytest.fixture
 def harness(
+    few_words: None,
     settings: Settings,
     sqlite_database: Database,
     storage: Storage,
@@ -159,9 +169,6 @@ def harness(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Harness]:
     a_network.install(monkeypatch)
-    # Thousands of lines, each about a file that is broken on purpose.
-    before = structlog.get_config()
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     requests = logging.getLogger("werkzeug")
     monkeypatch.setattr(requests, "level", logging.ERROR)
     roomy = settings.model_copy(
@@ -181,7 +188,6 @@ def harness(
         made = Harness(url, secret, sqlite_database, decoders)
         with working(made, roomy, storage):
             yield made
-    structlog.configure(**before)
 
 
 @contextmanager
@@ -231,7 +237,7 @@ def test_no_bomb_goes_off(harness: Harness) -> None:
     tell(harness, f"{len(became)} bombs", became, counts, time.monotonic() - began)
 
 
-def test_every_sample_gets_the_answer_that_the_record_of_pillow_asks_for(harness: Harness, samples: Path) -> None:
+def test_every_sample_gets_the_answer_that_the_record_of_pillow_asks_for(samples: Path, harness: Harness) -> None:
     rows: dict[str, dict[str, str]] = {}
     files: list[tuple[str, bytes]] = []
     for folder in ("badinput", "oddinput"):

@@ -188,7 +188,9 @@ def test_a_photograph_is_enlarged_told_apart_and_announced(
 
     # The blobs lie under one prefix, and go with the job.
     prefix = f"jobs/{job['id']}/"
-    assert len(stack_storage.keys(prefix)) == 2
+    blobs = [key.rpartition("/")[2] for key in stack_storage.keys(prefix)]
+    # Beside the two, small pictures of how it looked on the way.
+    assert [name for name in blobs if name.startswith(("input", "result-"))] == ["input", "result-1.png"]
     assert service.http.delete(f"/v1/jobs/{job['id']}").status_code == 204
     assert service.http.get(f"/v1/jobs/{job['id']}").status_code == 404
     wait_until(lambda: stack_storage.keys(prefix) == [], seconds=20, what="the blobs to go")
@@ -236,7 +238,9 @@ def test_a_running_job_can_be_canceled_and_then_has_no_result(
     assert service.http.post(f"/v1/jobs/{job['id']}/cancel").status_code == 409
     (told,) = receiver.wait_for()
     assert verified(told, webhook_secret)["type"] == "job.canceled"
-    assert [key.rpartition("/")[2] for key in stack_storage.keys(f"jobs/{job['id']}/")] == ["input"]
+    blobs = [key.rpartition("/")[2] for key in stack_storage.keys(f"jobs/{job['id']}/")]
+    assert "input" in blobs
+    assert not [name for name in blobs if name.startswith("result-")]
 
     # Taken up again by hand it runs to its end, as a second attempt.
     assert service.http.post(f"/v1/jobs/{job['id']}/retry").status_code == 202
@@ -330,7 +334,7 @@ def test_a_result_is_seen_as_it_comes_and_had_in_another_form(service: Service) 
         shown = pixels(service.http.get(strip["url"]).content)
         error = np.abs(shown - result[strip["y"] : strip["y"] + strip["height"]])
         assert error.mean() < 6, f"mean {error.mean():.1f}, max {error.max():.0f}"
-    assert pixels(service.http.get(f"/v1/jobs/{job['id']}/thumbnail").content).shape == (72, 72, 3)
+    assert pixels(service.http.get(f"/v1/jobs/{job['id']}/thumbnail?of=input").content).shape == (72, 72, 3)
 
     # Another format, and a pyramid: by the relay and the chores worker.
     for kind in ("webp", "zoom"):

@@ -107,10 +107,13 @@ def floats(image: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def whole(network: Network, image: NDArray[Any]) -> NDArray[np.float32]:
-    """The picture in one piece through the network as the paper draws it: no plan, no tiles, no strips."""
+    """The picture in one piece through the network as the paper draws it: no plan, no tiles, no strips.
+
+    What lies beyond black and white is cut off, as for every picture.
+    """
     with torch.inference_mode():
         answer: Tensor = network.module(torch.from_numpy(floats(image)).permute(2, 0, 1)[None])
-    return answer[0].permute(1, 2, 0).numpy()
+    return answer[0].permute(1, 2, 0).clamp(0, 1).numpy()
 
 
 def tiled(

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-import axe_playwright_python
 import numpy as np
 import pytest
 from flask import Flask
@@ -36,6 +35,7 @@ from shared.models import Job
 from shared.settings import Settings
 from shared.storage import Storage
 from shared.workers import WorkerFacts
+from tests.browser.looking import keep_picture, serious_faults
 from tests.conftest import wait_until
 from tests.factories import a_png, options, picture
 from worker.previews import Previews
@@ -61,9 +61,6 @@ LABELS = (
     {"label": "goldfinch", "index": 11, "probability": 0.93},
     {"label": "house finch", "index": 12, "probability": 0.04},
 )
-# Looked at by people after a run; git knows nothing of them.
-SHOTS = Path(__file__).resolve().parents[2] / "artefacts"
-AXE = Path(axe_playwright_python.__file__).with_name("axe.min.js")
 
 
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
@@ -311,19 +308,10 @@ class Watched:
         self.page.on("requestfailed", self._failed)
         self.page.on("response", self._answered)
 
-    def look(self, name: str, **options: Any) -> None:
+    def look(self, name: str, *, full_page: bool = False) -> None:
         """Keeps a picture of the page as it stands, and lets axe-core look for what keeps people from using it."""
-        SHOTS.mkdir(exist_ok=True)
-        self.page.screenshot(path=SHOTS / f"{name}.png", **options)
-        self.page.evaluate(AXE.read_text(encoding="utf-8"))
-        found = self.page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
-        told = [
-            f"{each['id']}: {each['help']}: {node['html']}"
-            for each in found
-            if each["impact"] in ("serious", "critical")
-            for node in each["nodes"]
-        ]
-        assert told == [], name
+        keep_picture(self.page, name, full_page=full_page)
+        assert serious_faults(self.page) == [], name
 
     def unexpected(self) -> list[str]:
         return [told for told in self.complaints if not any(re.search(wanted, told) for wanted in self.expected)]

@@ -16,7 +16,8 @@ from shared import jobs
 from shared.db import clock
 from shared.errors import InvalidImage
 from shared.models import JobState
-from tests.browser.conftest import SHOTS, Site, Watched
+from tests.browser.conftest import Site, Watched
+from tests.browser.looking import PICTURES
 from tests.conftest import wait_until
 from tests.factories import a_png
 
@@ -565,9 +566,9 @@ def test_the_page_is_light_and_paints_at_once(site: Site, open_page: Callable[..
     assert 50_000 < viewer < 120_000, "it comes compressed"
     assert sum(sent.values()) - viewer < 100_000
     # Kept with the pictures; the bound of 300 ms is for a machine that does not run other tests meanwhile.
-    SHOTS.mkdir(exist_ok=True)
+    PICTURES.mkdir(parents=True, exist_ok=True)
     told = (
         f"first paint after {painted:.0f} ms; {sum(sent.values()):,} bytes without pictures, {viewer:,} of the viewer\n"
     )
-    (SHOTS / "page.txt").write_text(told)
+    (PICTURES / "page.txt").write_text(told)
     assert painted < 3000

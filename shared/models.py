@@ -160,6 +160,7 @@ class Job(Row):
     # Its message.
     published_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     published_count: Mapped[int] = mapped_column(default=0)
+    """Copies sent to the Redis of `published_generation`."""
     published_generation: Mapped[str | None] = mapped_column(String(40))
 
     # Progress.

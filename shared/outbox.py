@@ -21,7 +21,7 @@ import redis
 from celery import Celery
 from kombu import Queue
 from kombu.exceptions import KombuError, OperationalError
-from sqlalchemy import update
+from sqlalchemy import case, update
 from sqlalchemy.orm import Session
 
 from shared import deliveries, queries, renditions
@@ -252,11 +252,15 @@ class Hurrier:
 
 
 def mark_published(session: Session, job_ids: Sequence[str], generation: str, now: datetime) -> None:
-    """Writes that a copy of each job's message was sent to this Redis at `now`."""
+    """Writes that a copy of each job's message was sent to this Redis at `now`.
+
+    Copies that went with a wiped Redis count no more: the waits between copies would grow although there is only one.
+    """
+    copies = case((Job.published_generation == generation, Job.published_count + 1), else_=1)
     session.execute(
         update(Job)
         .where(Job.id.in_(job_ids))
-        .values(published_at=now, published_count=Job.published_count + 1, published_generation=generation)
+        .values(published_at=now, published_count=copies, published_generation=generation)
     )
 
 

@@ -179,6 +179,18 @@ def test_a_wiped_redis_is_sent_everything_that_waits_again(
     assert outbox.relay_due(database, broker, settings, stopping=never) == 0
 
 
+def test_copies_that_were_wiped_do_not_make_the_next_one_wait_longer(
+    database: Database, broker: Broker, settings: Settings, redis_url: str
+) -> None:
+    """Found by the chaos: after 20 wipes, a message that was lost would have been sent again an hour later."""
+    queue_jobs(database, 1)
+    with closing(redis.Redis.from_url(redis_url)) as client:
+        for _ in range(6):
+            assert outbox.relay_due(database, broker, settings, stopping=never) == 1
+            client.flushall()
+    assert published(database) == [(1, True)]
+
+
 def test_without_the_generation_key_a_wipe_would_go_unnoticed(
     sqlite_database: Database, broker: Broker, settings: Settings, redis_url: str
 ) -> None:

@@ -34,6 +34,7 @@ class Proxy:
         self._upstream_port = upstream_port
         self._latency_seconds = latency_seconds
         self._mode: Mode = "pass"
+        self._is_closed = False
         self._links: set[_Link] = set()
         self._listener: asyncio.Server | None = None
         # Holds the port while nobody listens on it: the system refuses connections to it, and gives it to nobody else.
@@ -93,19 +94,23 @@ class Proxy:
             link.changed.set()
 
     async def _close(self) -> None:
+        self._is_closed = True
         self._stop_listening()
         if self._placeholder is not None:
             self._placeholder.close()
-        links = list(self._links)
-        for link in links:
-            link.cut()
-        await asyncio.gather(*(link.task for link in links if link.task), return_exceptions=True)
+        # A connection accepted in this instant has a task and no link yet: its task has to begin before it can end.
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:
+            for link in list(self._links):
+                link.cut()
+            await asyncio.wait(others, timeout=0.05)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         link = _Link(writer)
         link.task = asyncio.current_task()
         self._links.add(link)
         try:
+            if self._is_closed:
+                return
             if self._mode == "reset":
                 await reader.read(1)
                 return

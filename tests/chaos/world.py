@@ -70,8 +70,9 @@ STEADY: dict[str, Any] = {
     "log_format": "text",
     "allow_private_addresses": ("127.0.0.0/8",),
 }
-PATIENCE_SECONDS = 60.0
-"""Without anything coming to its end, once nothing is broken any more. Generous: the machine may be busy."""
+PATIENCE_SECONDS = 90.0
+"""Without a step forward, once nothing is broken any more: well above the longest wait there is, the lease of a webhook
+try that could not be recorded (48 s here). Generous: the machine may be busy."""
 SUBMIT_PATIENCE_SECONDS = 120.0
 """For one picture to be accepted, however often it takes."""
 CUSTOMERS = 8
@@ -373,15 +374,15 @@ class World:
         return rested
 
     def rest(self, *, seconds: float = PATIENCE_SECONDS) -> bool:
-        """Waits until every job and every event has ended, as long as any has within the last `seconds`; False where
-        that was in vain."""
-        left, ends_at = self._open_ends(), time.monotonic() + seconds
-        while left and time.monotonic() < ends_at:
+        """Waits until every job and every event has ended, as long as one has ended or been tried within the last
+        `seconds`; False where that was in vain."""
+        seen, ends_at = self._open_ends(), time.monotonic() + seconds
+        while seen[0] and time.monotonic() < ends_at:
             threading.Event().wait(0.1)
-            still_left = self._open_ends()
-            if still_left < left:
-                left, ends_at = still_left, time.monotonic() + seconds
-        return left == 0
+            now_seen = self._open_ends()
+            if now_seen != seen:
+                seen, ends_at = now_seen, time.monotonic() + seconds
+        return seen[0] == 0
 
     def open_jobs(self) -> int:
         with self.database.reading() as session:
@@ -397,10 +398,13 @@ class World:
             found = select(Attempt.outcome).where(Attempt.job_id.in_(job_ids), Attempt.outcome.is_not(None))
             return Counter(str(outcome) for outcome in session.scalars(found))
 
-    def _open_ends(self) -> int:
+    def _open_ends(self) -> tuple[int, int]:
+        """How many jobs and events have not ended, and how many tries there have been at either."""
         with self.database.reading() as session:
             pending = session.scalar(select(func.count()).where(Delivery.state == DeliveryState.PENDING)) or 0
-        return self.open_jobs() + pending
+            tries = session.scalar(select(func.sum(Delivery.number))) or 0
+            attempts = session.scalar(select(func.sum(Job.attempt))) or 0
+        return self.open_jobs() + pending, tries + attempts
 
     def _write_ledger(self) -> None:
         record = self.history.record

@@ -23,6 +23,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 import migrations
+from shared import calibration
 from shared.catalog import CARDS, CLASSIFIER_WEIGHTS, WeightsSource
 from shared.db import Database
 from shared.errors import BrokerUnavailable, DatabaseUnavailable, StorageUnavailable
@@ -92,6 +93,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
         _torch,
         *(_weights(name, source) for name, source in _all_weights()),
         _own_models,
+        _calibration,
         _redis,
         _storage,
         _sql,
@@ -192,6 +194,20 @@ def _own_models(settings: Settings) -> Finding:
         faults = "; ".join(f"{Path(fault['path']).name}: {fault['reason']}" for fault in found["faults"])
         return Finding("models of your own", "missing", f"{faults}. Usable: {named or 'none'}", remedy)
     return Finding("models of your own", "ok", named or f"no .safetensors, .pth or .pt in {settings.models_dir}")
+
+
+def _calibration(_settings: Settings) -> Finding:
+    measured = calibration.known()
+    if not measured:
+        return Finding("calibration", "optional", "nothing measured yet: the first worker that starts here does it")
+    told = []
+    for each in measured:
+        best = each.pixels_per_second[each.runtime]
+        others = [
+            f"{best / speed:.1f} x {name}" for name, speed in each.pixels_per_second.items() if name != each.runtime
+        ]
+        told.append(f"{each.model} x{each.scale} by {', '.join([each.runtime, *others])} ({each.machine})")
+    return Finding("calibration", "ok", "; ".join(told))
 
 
 def _redis(settings: Settings) -> Finding:

@@ -9,11 +9,9 @@ from __future__ import annotations
 import io
 import os
 import platform
-import re
 import time
 from collections.abc import Callable
 from datetime import datetime
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -23,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from shared.calibration import processor
 from shared.catalog import DEFAULT_MODEL, card
 from worker.networks import Network, load
 from worker.upscale import enlarge, plan_work, prepare_process
@@ -95,7 +94,7 @@ def measure(
         },
         **measured,
         "machine": {
-            "cpu": _processor(),
+            "cpu": processor(),
             "cores": os.cpu_count(),
             "threads": threads,
             "python": platform.python_version(),
@@ -142,12 +141,3 @@ def _job(client: httpx.Client, png: bytes) -> tuple[float, dict[str, float]]:
         raise RuntimeError(f"the job is {job['status']}: {job['error']}")
     created_at, finished_at = (datetime.fromisoformat(job[name]) for name in ("created_at", "finished_at"))
     return post_seconds + (finished_at - created_at).total_seconds(), job["timings"]
-
-
-def _processor() -> str:
-    """The processor's own name, where the system tells it."""
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found.group(1) if found else platform.processor() or platform.machine()

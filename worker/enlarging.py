@@ -200,11 +200,11 @@ class Engine:
         return self._decoder.decode(source, facts)
 
     def warm_up(self, model: str = catalog.DEFAULT_MODEL) -> None:
-        """Loads a network and measures its speed, so that the first picture need not wait for that.
+        """Loads a network and calibrates it, so that the first picture need not wait for that.
 
         Also the test that the device works at all. Raises ModelUnavailable, DeviceBroken or what torch raises.
         """
-        self.network(model).pixels_per_second()
+        self.network(model).warm_up()
 
     def enlarge_file(
         self,

@@ -100,6 +100,8 @@ class Plan:
     tile_px: int
     """Longest side of what any tile keeps."""
     bands: tuple[Band, ...]
+    in_strips: bool = False
+    """The network goes over the picture once from top to bottom, and nothing is computed twice: there is no halo."""
 
     @property
     def tile_count(self) -> int:
@@ -134,6 +136,16 @@ def plan(width: int, height: int, *, halo_px: int, tile_px: int, band_height_px:
         bands.append(Band(index, region, tuple(tiles)))
     longest_px = max(max(tile.keep.width, tile.keep.height) for band in bands for tile in band.tiles)
     return Plan(width, height, halo_px, longest_px, tuple(bands))
+
+
+def plan_strips(width: int, height: int, *, band_px: int) -> Plan:
+    """A plan without halos, for a network that runs in strips over the whole width: bands of about `band_px` px."""
+    bands = []
+    for index, (y, band_height) in enumerate(_cut(height, max(1, band_px // width))):
+        region = Region(0, y, width, band_height)
+        bands.append(Band(index, region, (Tile(region, region),)))
+    longest_px = max(width, max(band.region.height for band in bands))
+    return Plan(width, height, 0, longest_px, tuple(bands), in_strips=True)
 
 
 def smaller(whole: Plan, band: Band, tile_px: int) -> Band:

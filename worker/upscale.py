@@ -22,7 +22,7 @@ from PIL import Image
 from shared.errors import BadOutput, DeviceBroken, ModelUnavailable, OutOfMemory
 from shared.telemetry import tallies
 from worker.networks import Network
-from worker.tiling import SMALLEST_TILE_PX, Band, Plan, Tile, choose_plan, plan, smaller
+from worker.tiling import SMALLEST_TILE_PX, Band, Plan, Region, Tile, choose_plan, plan, plan_strips, smaller
 
 OnTile = Callable[[int, int], None]
 """Called after every tile with (tiles done, tiles in all), and again within a tile that takes long; a band done again
@@ -33,6 +33,12 @@ SECONDS_PER_TILE = 5.0
 LEAST_KEPT_PX = 96
 """Side of what a tile keeps, below which time is no reason to cut it smaller."""
 TILE_MEMORY_BYTES = 1_000_000_000
+
+STRIPS_BAND_PX = 32_768
+"""Input px of a band where the network runs in strips: what is told, shown and encoded at once, some tenths of a second
+of work."""
+FED_ROWS = 16
+"""Rows of the picture handed to such a network at once: it takes what it needs."""
 
 FLAT_INPUT_RANGE = 16 / 255
 """A band of the input that differs by more than this within a channel has something to show ..."""
@@ -162,13 +168,16 @@ def plan_work(
 
 
 def _multiply_adds(network: Network, whole: Plan, tile: Tile) -> int:
-    tail = tile.keep.grown(network.tail_reach_px, whole.width, whole.height)
+    reach_px = 0 if whole.in_strips else network.tail_reach_px
+    tail = tile.keep.grown(reach_px, whole.width, whole.height)
     return network.multiply_adds(tile.read.area_px, tail.area_px)
 
 
 def _plan_pass(network: Network, width: int, height: int, tile_px: int, memory_bytes: int) -> Plan:
     if tile_px:
         return plan(width, height, halo_px=network.halo_px, tile_px=tile_px)
+    if network.runtime == "ncnn" and network.strips_bytes(width) <= memory_bytes:
+        return plan_strips(width, height, band_px=STRIPS_BAND_PX)
     by_memory = (memory_bytes - network.fixed_bytes) // network.bytes_per_px
     # However slow the device was when it was measured, a tile is not cut so small that it is nearly all halo: at a busy
     # moment a 256 px picture once became 56 tiles and twelve times the work.
@@ -312,8 +321,44 @@ def _bands(
         raise ValueError(
             f"The plan is for {whole.width} x {whole.height} px; the picture is {image.shape[1]} x {image.shape[0]} px."
         )
+    if whole.in_strips:
+        yield from _in_strips(network, image, whole, count, dtype)
+        return
     for band in whole.bands:
         yield UpscaledBand(band, band.region.y * network.scale, _mended(network, image, whole, band, count, dtype))
+
+
+def _in_strips(
+    network: Network, image: NDArray[Any], whole: Plan, count: _Count, dtype: np.dtype[Any]
+) -> Iterator[UpscaledBand]:
+    """Bands as the network finishes their rows. On a CPU, in float32: what is not right now will not be at another try,
+    and memory does not depend on how the picture is cut."""
+    scale = network.scale
+    pieces = (_unit_floats(image[y : y + FED_ROWS]).transpose(2, 0, 1) for y in range(0, whole.height, FED_ROWS))
+    network.on_step = count.tell
+    finished = network.rows(pieces)
+    rest = torch.empty(3, 0, whole.width * scale)
+    started = time.perf_counter()
+    for band in whole.bands:
+        held = [rest]
+        while sum(rows.shape[1] for rows in held) < band.region.height * scale:
+            held.append(next(finished))
+        rows = torch.cat(held, dim=1)
+        made, rest = rows[:, : band.region.height * scale], rows[:, band.region.height * scale :]
+        low, high = (float(value) for value in made.aminmax())
+        try:
+            _check_finite(low, high, band.region)
+            _check_not_flat(low, high, image, band.region)
+        except _NotPlausible as error:
+            count.repairs.tiles_not_finite += isinstance(error, _NotFinite)
+            count.repairs.bands_flat += isinstance(error, _Flat)
+            raise BadOutput(str(error), model=network.card.name, device=str(network.device)) from error
+        pixels = _quantized(made.permute(1, 2, 0), dtype)
+        network.observe(network.multiply_adds(band.region.area_px, band.region.area_px), time.perf_counter() - started)
+        count.tile_done()
+        yield UpscaledBand(band, band.region.y * scale, pixels)
+        # What the caller did with the band meanwhile is not the network's time.
+        started = time.perf_counter()
 
 
 def _mended(
@@ -372,13 +417,27 @@ def _tried(
         top, left = (tile.keep.y - region.y) * scale, (tile.keep.x - region.x) * scale
         pixels[top : top + piece.shape[0], left : left + piece.shape[1]] = piece
         count.tile_done()
+    _check_not_flat(darkest, brightest, image, region)
+    return pixels
+
+
+def _check_not_flat(darkest: float, brightest: float, image: NDArray[Any], region: Region) -> None:
+    """Raises _Flat where the result's rows, of which the least and greatest value are given, show nothing and the
+    input's do."""
     if brightest - darkest < FLAT_OUTPUT_RANGE:
         shown = image[region.y : region.bottom]
         full = np.iinfo(image.dtype).max if image.dtype.kind == "u" else 1
         # Channel by channel: a picture of one colour is flat too.
         if float(np.ptp(shown.astype(np.float32), axis=(0, 1)).max()) / full > FLAT_INPUT_RANGE:
             raise _Flat(f"The network's answer for rows {region.y} to {region.bottom} is flat; the input is not.")
-    return pixels
+
+
+def _check_finite(low: float, high: float, keep: Region) -> None:
+    # NaN and infinity pass through aminmax, so that one pass over the pixels serves both checks.
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise _NotFinite(
+            f"The network answered NaN or infinity for {keep.width} x {keep.height} px at ({keep.x}, {keep.y})."
+        )
 
 
 def _one_tile(
@@ -398,12 +457,8 @@ def _one_tile(
             given = given.pin_memory()
         wanted = (keep.x - read.x, keep.y - read.y, keep.width, keep.height)
         kept = network(given, keep=wanted, half=half)[0].permute(1, 2, 0)
-        # NaN and infinity pass through aminmax, so that one pass over the tile serves both checks.
         low, high = (float(value) for value in kept.aminmax())
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise _NotFinite(
-                f"The network answered NaN or infinity for {keep.width} x {keep.height} px at ({keep.x}, {keep.y})."
-            )
+        _check_finite(low, high, keep)
         piece = _quantized(kept, dtype)
     except (RuntimeError, MemoryError) as error:
         if _is_out_of_memory(error):

@@ -32,6 +32,7 @@ class Repeating(Network):
     fixed_bytes = 0
     multiply_adds_per_px = 1
     tail_reach_px = 0
+    runtime = "torch"
 
     def multiply_adds(self, body_px: int, tail_px: int) -> int:
         return body_px

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import copy
 import functools
-import time
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from shared import calibration
 from shared.catalog import ModelCard, OwnFile
 from shared.errors import ModelUnavailable
-from worker.networks import compact, own, resampling, rrdb, srresnet, trained
+from worker.networks import compact, own, resampling, rrdb, srresnet, strips, trained
 from worker.networks.architecture import Architecture, Keep, nothing
+from worker.networks.strips import Strips
 from worker.networks.weights import read_verified
 
 ARCHITECTURES: tuple[tuple[str, Callable[[bytes, int], Architecture]], ...] = (
@@ -34,9 +39,11 @@ Where a card has no weights the bytes are none."""
 
 PROBE_PX = 64
 """Side of the square that is timed to learn a device's speed: some 0.1 s on two cores."""
-PROBES = 6
-PROBE_SECONDS = 2.0
-"""No further probe after this: of a large network one takes longer, and nobody hears of progress meanwhile."""
+
+STRIP_PX = 24_576
+"""Input px of a strip, about: in fewer, threads wait for each other; more do not fit in the processor's cache."""
+WINOGRAD_ROWS = 6
+"""Rows that Winograd's method makes at once; a strip of other heights computes some for nothing."""
 
 
 class Network:
@@ -54,6 +61,9 @@ class Network:
         """Called now and then within a call that takes long, between two layers; may raise to break it off."""
         self._half_module: Architecture | None = None
         self._pixels_per_second = 0.0
+        self._runtime: calibration.Runtime | None = None
+        self._strips: tuple[Strips, ...] = ()
+        self._strips_threads = 0
 
     @property
     def scale(self) -> int:
@@ -92,6 +102,64 @@ class Network:
         """Whether half precision pays on this device: on a GPU. CPUs of today emulate it."""
         return self.device.type == "cuda" and self.module.supports_half
 
+    @property
+    def runtime(self) -> calibration.Runtime:
+        """What computes this network here: `torch`, in tiles, or `ncnn`, in strips; see `shared.calibration`.
+
+        Decided when it is first asked for, by what was measured on this machine, then or before.
+        """
+        if self._runtime is None:
+            candidates: dict[calibration.Runtime, Callable[[], None]] = {"torch": self._torch_probe}
+            if self.device.type == "cpu" and strips.is_available() and self.module.draw():
+                candidates["ncnn"] = self._strips_probe
+            device = "cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
+            threads = torch.get_num_threads()
+            found = calibration.choose(self.card, device, threads, candidates, PROBE_PX**2)
+            self._runtime = found.runtime
+            self._pixels_per_second = max(self._pixels_per_second, found.pixels_per_second[found.runtime])
+        return self._runtime
+
+    def strips_bytes(self, width: int) -> int:
+        """Memory that `rows` takes for a picture so wide, its result not counted."""
+        return sum(
+            width * (each.kept_bytes_per_column + self._strip_rows(each, width) * each.bytes_per_px)
+            for each in self._ready_strips()
+        )
+
+    def rows(self, pieces: Iterable[NDArray[np.float32]]) -> Iterator[Tensor]:
+        """A whole picture from its top down, in strips over its whole width: every row of every layer is computed once.
+
+        pieces: (3, h, W) in [0, 1], with `h` as it comes -> (3, h' * scale, W * scale) in [0, 1], finished rows, of
+        another `h'`. Calls `on_step` meanwhile. Only where `runtime` is `ncnn`. Raises OutOfMemory.
+        """
+        pieces = iter(pieces)
+        first = next(pieces)
+        pieces = itertools.chain([first], pieces)
+        for each in self._ready_strips():
+            rows = self._strip_rows(each, first.shape[2])
+            pieces = each.through(pieces, rows=rows, on_step=lambda: self.on_step())
+        kept: Tensor | None = None
+        count = self.module.drawn_rows_kept
+        for piece in pieces:
+            drawn = torch.from_numpy(piece)
+            whole = drawn if kept is None else torch.cat([kept, drawn], dim=1)
+            kept = whole[:, whole.shape[1] - count :]
+            if whole.shape[1] > count:
+                yield self.module.finish(whole)
+
+    def _ready_strips(self) -> tuple[Strips, ...]:
+        threads = torch.get_num_threads()
+        if self._strips_threads != threads:
+            self._strips = tuple(Strips(graph, output, threads=threads) for graph, output in self.module.draw())
+            self._strips_threads = threads
+        return self._strips
+
+    @staticmethod
+    def _strip_rows(each: Strips, width: int) -> int:
+        # So many that on the output's grid, where most of the work is, they are a multiple of what is made at once.
+        step = WINOGRAD_ROWS // math.gcd(WINOGRAD_ROWS, each.output.grid)
+        return max(step, STRIP_PX // width // step * step)
+
     def __call__(self, tile: Tensor, *, keep: Keep | None = None, half: bool = False) -> Tensor:
         """Enlarges one tile.
 
@@ -125,20 +193,25 @@ class Network:
     def pixels_per_second(self) -> float:
         """Input pixels a second this network does on this device, with the threads torch has now.
 
-        Measured on the first call, which takes about a second, and remembered; `observe` corrects it. The best run
-        counts: what slows one down is other work on the machine, and that passes.
+        Measured when `runtime` is decided, and remembered; `observe` corrects it.
         """
-        if self._pixels_per_second == 0:
-            probe = torch.full((1, 3, PROBE_PX, PROBE_PX), 0.5)
-            ends_at = time.perf_counter() + PROBE_SECONDS
-            for _ in range(PROBES):
-                started = time.perf_counter()
-                # Copying to the host waits for a GPU to finish.
-                self(probe, half=self.prefers_half).cpu()
-                self.observe(self.multiply_adds(PROBE_PX**2, PROBE_PX**2), time.perf_counter() - started)
-                if time.perf_counter() > ends_at:
-                    break
+        assert self.runtime
         return self._pixels_per_second
+
+    def warm_up(self) -> None:
+        """Makes one call of the kind that pictures will make, so that the first need not wait for what comes once."""
+        if self.runtime == "ncnn":
+            self._strips_probe()
+        else:
+            self._torch_probe()
+
+    def _torch_probe(self) -> None:
+        # Copying to the host waits for a GPU to finish.
+        self(torch.full((1, 3, PROBE_PX, PROBE_PX), 0.5), half=self.prefers_half).cpu()
+
+    def _strips_probe(self) -> None:
+        for _ in self.rows([np.full((3, PROBE_PX, PROBE_PX), 0.5, np.float32)]):
+            pass
 
     def observe(self, multiply_adds: int, seconds: float) -> None:
         """Learns from a finished call: a network measured at a busy moment is not thought slow for ever."""

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from worker.networks.strips import Blob, Graph
+
 Keep = tuple[int, int, int, int]
 """x, y, width, height of the part of a tile whose result is wanted; input px from the tile's corner."""
 
@@ -46,6 +48,18 @@ class Architecture(nn.Module):
         """Memory of a call for each input pixel it reads, in float32; the result is counted in."""
         self.fixed_bytes = fixed_bytes
         """Memory of a call whatever the size of its tile; weights not counted."""
+        self.drawn_rows_kept = 0
+        """Rows of the last drawing's output that `finish` wants to see again with those that follow them."""
+
+    def draw(self) -> list[tuple[Graph, Blob]]:
+        """The network as graphs, one fed with the output of the one before, for `worker.networks.strips`; none where
+        it has no such form. More than one where a part works on more channels or pixels: each has strips of its own
+        height, and memory is that of the largest."""
+        return []
+
+    def finish(self, drawn: Tensor) -> Tensor:
+        """drawn: (C, h + drawn_rows_kept, w), rows of the last graph's output -> (3, rows, W * scale) in [0, 1]."""
+        return drawn.clamp(0, 1)
 
     def enlarge(self, x: Tensor, keep: Keep | None = None) -> Tensor:
         """x: (1, 3, H, W) in [0, 1], float32 or float16 -> (1, 3, H * scale, W * scale) float32 in [0, 1], same device.

@@ -4,11 +4,14 @@ line of convolutions, whose last makes all the output pixels of an input pixel a
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worker.networks import ncnn
 from worker.networks.architecture import Architecture
+from worker.networks.strips import Blob, Graph
 
 CHANNELS = 64
 INNER = 16
@@ -47,6 +50,20 @@ class Compact(Architecture):
         size = (x.shape[2] * self.scale, x.shape[3] * self.scale)
         # Four px are weighed, however far down it goes: not our Lanczos step, but part of the network as published.
         return F.interpolate(made, size=size, mode="bicubic", align_corners=False)
+
+    def draw(self) -> list[tuple[Graph, Blob]]:
+        """Of x4; the others end in a step that is no layer."""
+        if self.scale != MADE:
+            return []
+        graph = Graph()
+        x = y = graph.input(3)
+        for layer in self.layers:
+            if isinstance(layer, nn.PReLU):
+                y = graph.prelu(y, layer.weight)
+            else:
+                conv = cast(nn.Conv2d, layer)
+                y = graph.conv(y, conv.weight, cast(Tensor, conv.bias))
+        return [(graph, graph.add(graph.shuffle(y, MADE), graph.nearest(x, MADE)))]
 
 
 def read_ncnn(content: bytes, scale: int) -> Compact:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from worker.networks import ncnn
 from worker.networks.architecture import Architecture, Keep
+from worker.networks.strips import Blob, Graph
 
 CHANNELS = 64
 GROWTH = 32
@@ -116,6 +117,29 @@ class Rrdb(Architecture):
             x = F.leaky_relu_(conv(F.interpolate(x, scale_factor=2, mode="nearest")), SLOPE)
         x = F.leaky_relu_(self.fine(x), SLOPE)
         return cast(Tensor, self.out(x))
+
+    def draw(self) -> list[tuple[Graph, Blob]]:
+        """The body and the tail. Exact at any width, where tiles with a halo of this network are only nearly so."""
+
+        def conv(graph: Graph, x: Blob, layer: nn.Conv2d, *, leak: float = 1) -> Blob:
+            return graph.conv(x, layer.weight, cast(Tensor, layer.bias), leak=leak)
+
+        body, tail = Graph(), Graph()
+        first = y = conv(body, body.input(3), self.first)
+        for block in cast(list[_ResidualInResidual], list(self.blocks)):
+            entered = y
+            for dense in cast(list[_DenseBlock], list(block.blocks)):
+                seen = [y]
+                for layer in cast(list[nn.Conv2d], list(dense.convs)):
+                    seen.append(conv(body, body.concat(*seen), layer, leak=SLOPE))
+                y = body.add(conv(body, body.concat(*seen), dense.merge), y, times=RESIDUAL_SCALE)
+            y = body.add(y, entered, times=RESIDUAL_SCALE)
+        merged = body.add(conv(body, y, self.merge), first)
+
+        x = tail.input(CHANNELS)
+        for layer in (self.up1, self.up2):
+            x = conv(tail, tail.nearest(x, 2), layer, leak=SLOPE)
+        return [(body, merged), (tail, conv(tail, conv(tail, x, self.fine, leak=SLOPE), self.out))]
 
 
 def read_ncnn(content: bytes, scale: int, *, blocks: int) -> Rrdb:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worker.networks.architecture import Architecture, Keep
+from worker.networks.strips import Blob, Graph
 
 KERAS_BATCHNORM_EPSILON = 1e-3
 
@@ -68,6 +69,7 @@ class SrResNet(Architecture):
             # One strip of the tail; wide tiles take more.
             fixed_bytes=4 * 3 * STRIP_PX * 4 * channels,
         )
+        self.drawn_rows_kept = 3
         self.channels = channels
         self.head = nn.Conv2d(3, channels, 9, padding=4)
         self.head_slope = nn.PReLU(channels)
@@ -161,6 +163,51 @@ class SrResNet(Architecture):
         x = _rows(x, top - 2 - first, bottom + 2 - first)
         x = F.conv2d(x, self.out_weight, self.out_bias, stride=2, padding=(0, 2))
         return F.pixel_shuffle(torch.tanh_(x.float()).add_(1).mul_(0.5), 4)
+
+    def draw(self) -> list[tuple[Graph, Blob]]:
+        """The body, and the tail up to the sums of which `finish` makes the output."""
+        body, tail = Graph(), Graph()
+        head = body.prelu(_conv(body, body.input(3), self.head), self.head_slope.weight)
+        x = head
+        for block in cast(list[_ResidualBlock], list(self.blocks)):
+            x = body.add(x, _conv(body, body.prelu(_conv(body, x, block.first), block.slope.weight), block.second))
+        merged = body.add(head, _conv(body, x, self.merge))
+
+        x = tail.shuffle(_conv(tail, tail.input(self.channels), self.up1), 2)
+        x = _conv(tail, tail.prelu(x, self.up1_slope.weight), self.up2)
+        # Before the second shuffle, of which each channel makes four.
+        x = tail.prelu(x, self.up2_slope.weight.repeat_interleave(4))
+        bias = cast(Tensor, self.out.bias).repeat_interleave(4)
+        kernel = _out_in_four(self.out.weight)
+        sums = tail.conv(x, kernel, torch.cat([bias, bias.new_zeros(3 * len(bias))]), padding=(2, 3, 2, 3))
+        return [(body, merged), (tail, sums)]
+
+    def finish(self, drawn: Tensor) -> Tensor:
+        """Adds up the four parts of the last convolution, 3 px apart on the grid before the second shuffle."""
+        above, below = drawn[:, :-3], drawn[:, 3:]
+        sums = above[:12, :, :-3] + above[12:24, :, 3:] + below[24:36, :, :-3] + below[36:, :, 3:]
+        return F.pixel_shuffle(torch.tanh_(sums).add_(1).mul_(0.5), 2)
+
+
+def _conv(graph: Graph, x: Blob, layer: nn.Conv2d) -> Blob:
+    return graph.conv(x, layer.weight, cast(Tensor, layer.bias))
+
+
+def _out_in_four(kernel: Tensor) -> Tensor:
+    """kernel: (3, C, 9, 9) -> (48, 4C, 3, 3): the last convolution as four of 3x3, for which there is a fast method.
+
+    On the grid before the second shuffle, all 2x2 output pixels at once, it is a 5x5 convolution with 12 outputs; with
+    a row and a column of zeros it falls into four quarters, whose outputs lie one behind the other.
+    """
+    channels = kernel.shape[1]
+    # Outputs (k, py, px), inputs (c, dy, dx), taps (j, i) 2 px apart: 10x10 for each output pixel, 12x12 with zeros.
+    phases = kernel.new_zeros(3, 2, 2, channels, 12, 12)
+    for py in range(2):
+        for px in range(2):
+            phases[:, py, px, :, py : py + 9, px : px + 9] = kernel
+    taps = F.pixel_unshuffle(phases.flatten(0, 2), 2)
+    quarters = [taps[:, :, y : y + 3, x : x + 3] for y in (0, 3) for x in (0, 3)]
+    return torch.cat(quarters)
 
 
 def _rows(x: Tensor, top: int, bottom: int) -> Tensor:

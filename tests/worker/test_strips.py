@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from shared.catalog import card
+from shared.errors import BadOutput, OutOfMemory
+from worker import networks, upscale
+from worker.networks import Network, strips
+from worker.networks.architecture import Architecture
+from worker.networks.compact import Compact
+from worker.networks.rrdb import Rrdb
+from worker.networks.srresnet import SrResNet
+from worker.networks.strips import Graph, Strips
+from worker.tiling import plan_strips
+from worker.upscale import Repairs, enlarge, plan_work
+
+HALF_A_LEVEL = 0.5 / 255
+
+
+def with_contrast(module: Architecture, gain: float) -> Architecture:
+    torch.manual_seed(1)
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight)
+            layer.weight.data.mul_(gain)
+        if isinstance(layer, nn.PReLU):
+            nn.init.uniform_(layer.weight, 0.05, 0.4)
+    return module
+
+
+def srresnet() -> Architecture:
+    return cast(SrResNet, with_contrast(SrResNet(channels=16, blocks=2), 0.8)).freeze()
+
+
+def network_of(module: Architecture) -> Network:
+    network = Network(replace(card("srgan"), halo_px=module.reach_px, scale=module.scale, weights=None), "cpu", module)
+    network._runtime = "ncnn"
+    return network
+
+
+def picture(height: int, width: int) -> NDArray[np.uint8]:
+    return np.random.default_rng(height * width).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def pieces(image: NDArray[np.uint8], rows: int) -> Iterator[NDArray[np.float32]]:
+    for y in range(0, len(image), rows):
+        yield (image[y : y + rows] / np.float32(255)).transpose(2, 0, 1)
+
+
+def whole(module: Architecture, image: NDArray[np.uint8]) -> Tensor:
+    with torch.inference_mode():
+        x = torch.from_numpy(image / np.float32(255)).permute(2, 0, 1)[None]
+        return cast(Tensor, module(x)[0]).clamp(0, 1)
+
+
+# --- every network that can be drawn ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        pytest.param(srresnet(), id="srresnet"),
+        pytest.param(with_contrast(Compact(4), 0.9), id="compact"),
+        pytest.param(with_contrast(Rrdb(1), 0.9), id="rrdb"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("height", "width", "strip_px"), [(1, 1, 64), (7, 150, 64), (97, 33, 33 * 12), (160, 20, 20 * 30)]
+)
+def test_in_strips_a_network_answers_as_it_does_whole(
+    monkeypatch: pytest.MonkeyPatch, module: Architecture, height: int, width: int, strip_px: int
+) -> None:
+    monkeypatch.setattr(networks, "STRIP_PX", strip_px)
+    image = picture(height, width)
+    made = torch.cat(list(network_of(module).rows(pieces(image, 7))), dim=1)
+    expected = whole(module, image)
+    assert made.shape == expected.shape
+    assert expected.std() > 0.005
+    assert float((made - expected).abs().max()) < HALF_A_LEVEL / 10
+
+
+@settings(max_examples=12)
+@given(height=st.integers(1, 120), width=st.integers(1, 40), fed=st.integers(1, 50), strip_px=st.integers(1, 2000))
+def test_any_picture_in_any_strips_is_the_whole_one(height: int, width: int, fed: int, strip_px: int) -> None:
+    module = srresnet()
+    image = picture(height, width)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(networks, "STRIP_PX", strip_px)
+        made = torch.cat(list(network_of(module).rows(pieces(image, fed))), dim=1)
+    assert float((made - whole(module, image)).abs().max()) < HALF_A_LEVEL
+
+
+def test_the_x2_and_x3_of_the_compact_network_cannot_be_drawn() -> None:
+    assert Compact(2).draw() == []
+
+
+# --- graphs -----------------------------------------------------------------------------------------------------------
+
+
+def test_layers_that_see_differently_far_meet_in_the_same_row() -> None:
+    graph = Graph()
+    x = graph.input(8)
+    kernels = [torch.randn(8, 8, size, size) / size for size in (5, 3)]
+    far, near = (graph.conv(x, kernel, torch.ones(8)) for kernel in kernels)
+    output = graph.add(graph.concat(far, x), graph.concat(x, near), times=0.5)
+    values = np.random.default_rng(0).random((8, 50, 9), np.float32)
+    run = Strips(graph, output, threads=1)
+    made = np.concatenate(list(run.through(np.array_split(values, 5, axis=1), rows=6)), axis=1)
+    given_ = torch.from_numpy(values)[None]
+    far_, near_ = (F.conv2d(given_, kernel, torch.ones(8), padding="same") for kernel in kernels)
+    expected = 0.5 * torch.cat([far_, given_], 1) + torch.cat([given_, near_], 1)
+    assert np.abs(made - expected[0].numpy()).max() < 1e-4
+
+
+def test_a_kernel_for_other_channels_is_refused() -> None:
+    graph = Graph()
+    with pytest.raises(ValueError, match="takes 4 channels, and there are 3"):
+        graph.conv(graph.input(3), torch.ones(8, 4, 3, 3), torch.ones(8))
+
+
+def test_without_ncnn_there_are_no_strips_and_torch_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strips, "ncnn", None)
+    graph = Graph()
+    with pytest.raises(ModuleNotFoundError, match="ncnn is not installed"):
+        Strips(graph, graph.conv(graph.input(3), torch.ones(8, 3, 3, 3), torch.ones(8)), threads=1)
+    network = network_of(srresnet())
+    network._runtime = None
+    assert network.runtime == "torch"
+
+
+def test_ncnn_without_memory_is_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Empty:
+        def input(self, name: str, values: object) -> None:
+            pass
+
+        def extract(self, name: str, kind: int) -> tuple[int, None]:
+            return -100, None
+
+    network = network_of(srresnet())
+    for each in network._ready_strips():
+        monkeypatch.setattr(each, "_to_the_end", type("Net", (), {"create_extractor": lambda self: Empty()})())
+    with pytest.raises(OutOfMemory, match="no memory for a strip"):
+        list(network.rows(pieces(picture(8, 8), 8)))
+
+
+# --- pictures in strips -----------------------------------------------------------------------------------------------
+
+
+def test_what_strips_do_is_what_tiles_do_and_nothing_is_computed_twice() -> None:
+    network = network_of(srresnet())
+    image = picture(150, 60)
+    work = plan_work(network, 60, 150, 4)
+    assert work.plans[0].in_strips
+    assert work.waste == 1.0
+    told: list[tuple[int, int]] = []
+    made = np.concatenate(
+        [
+            rows.pixels
+            for rows in enlarge(network, image, 4, work=work, dtype=np.uint8, on_tile=lambda *n: told.append(n))
+        ]
+    )
+    assert told[-1] == (work.tile_count, work.tile_count)
+    # More often than bands end: a sign of life, and a place to stop.
+    assert len(told) > work.tile_count
+    tiles = plan_work(network, 60, 150, 4, tile_px=40)
+    assert not tiles.plans[0].in_strips
+    by_tiles = np.concatenate([rows.pixels for rows in enlarge(network, image, 4, work=tiles, dtype=np.uint8)])
+    assert np.abs(made.astype(int) - by_tiles).max() <= 1
+
+
+def test_what_watches_can_stop_within_a_strip() -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(done: int, total: int) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        list(enlarge(network_of(srresnet()), picture(150, 60), 4, on_tile=stop))
+
+
+def test_a_picture_too_wide_for_the_memory_is_cut_into_tiles() -> None:
+    network = network_of(srresnet())
+    needed = network.strips_bytes(3000)
+    assert plan_work(network, 3000, 200, 4, memory_bytes=needed).plans[0].in_strips
+    assert not plan_work(network, 3000, 200, 4, memory_bytes=needed - 1).plans[0].in_strips
+
+
+@pytest.mark.parametrize(("answer", "counted"), [(float("nan"), (1, 0)), (0.5, (0, 1))])
+def test_an_answer_that_cannot_be_right_is_refused(
+    monkeypatch: pytest.MonkeyPatch, answer: float, counted: tuple[int, int]
+) -> None:
+    network = network_of(srresnet())
+
+    def rows(pieces: Any) -> Iterator[Tensor]:
+        yield torch.full((3, 4 * 30, 4 * 20), answer)
+
+    monkeypatch.setattr(network, "rows", rows)
+    repairs = Repairs()
+    with pytest.raises(BadOutput):
+        list(enlarge(network, picture(30, 20), 4, repairs=repairs))
+    assert (repairs.tiles_not_finite, repairs.bands_flat) == counted
+
+
+def test_bands_of_a_plan_in_strips_are_about_as_large_as_asked() -> None:
+    made = plan_strips(100, 1000, band_px=5_000)
+    assert [band.region.height for band in made.bands] == [50] * 20
+    assert (made.halo_px, made.tile_px, made.waste) == (0, 100, 1.0)
+    assert plan_strips(8000, 3, band_px=5_000).bands[2].region.height == 1
+    assert upscale.STRIPS_BAND_PX > 0

@@ -44,9 +44,9 @@ fuzz: ## Hand 5,000 broken and hostile pictures to the real API and workers (MUT
 	$(INSTALL) api worker stack test lint
 	FUZZ_MUTANTS=$(or $(MUTANTS),5000) FUZZ_SEED=$(or $(SEED),1) $(BIN)/python -m pytest -s --timeout 3600 tests/journeys/test_bad_input.py $(ARGS)
 
-bench: ## Measure the speed of the network and of a whole job on this machine, side by side.
-	$(INSTALL) api worker stack
-	$(BIN)/enlarger bench $(ARGS)
+bench: ## Measure speed and memory on this machine, the network beside other runtimes; JSON and a chart in bench-output/.
+	$(INSTALL) api worker stack test bench
+	$(BIN)/python -m tests.benchmarks $(ARGS)
 
 images: ## Build both container images with buildah and run docker-compose.yml from them, without Docker (root, Debian).
 	$(INSTALL) api worker stack test

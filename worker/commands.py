@@ -410,8 +410,8 @@ def train(
 @click.command()
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Repetitions of each form.")
 @click.option("--side", "side_px", type=click.IntRange(8, 2048), default=256, show_default=True, help="Of the picture.")
-@as_json
-def bench(rounds: int, side_px: int, as_json: bool) -> None:
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures there.")
+def bench(rounds: int, side_px: int, json_path: Path | None) -> None:
     """Measure a whole job against the bare network on this machine.
 
     Runs the service, and in turns the network alone in its fastest plain form and the same picture from submit to
@@ -439,9 +439,8 @@ def bench(rounds: int, side_px: int, as_json: bool) -> None:
             )
     if not measured:
         sys.exit(1)
-    if as_json:
-        click.echo(json.dumps(measured, indent=2))
-        return
+    if json_path:
+        json_path.write_text(json.dumps(measured, indent=2) + "\n")
     machine = measured["machine"]
     click.echo(
         f"srgan, {side_px} x {side_px} px, {rounds} rounds, medians; {machine['cpu']}, {machine['threads']} threads"
@@ -452,7 +451,7 @@ def bench(rounds: int, side_px: int, as_json: bool) -> None:
     phases = ", ".join(f"{phase} {seconds * 1000:.0f}" for phase, seconds in measured["job"]["phases_seconds"].items())
     click.echo(f"  of the job, in ms: {phases}")
     waste = ", ".join(f"{size} {factor:.2f}" for size, factor in measured["waste"].items())
-    click.echo(f"  work done over work needed, tiled: {waste}")
+    click.echo(f"  work done over work needed: {waste}")
 
 
 def _pupil(plan: Plan, device: str, vgg: Path | None) -> Pupil:

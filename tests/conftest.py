@@ -6,6 +6,8 @@ A test names what it needs. `settings` then points at exactly the servers that t
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import resource
@@ -79,6 +81,54 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+# --- which tests run beside which -----------------------------------------------------------------------------------
+
+# Whole services, whose processes are killed, frozen and raced against: two at once would starve each other, and their
+# patience would run out. They are the longest, too, so they begin first, and what is short fills up the end.
+WHOLE_SERVICE = "whole-service"
+_OF_WHOLE_SERVICES = ("chaos", "journeys")
+_STACK = pytest.StashKey[Stack]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts every test that needs a whole running service into one group, and the group at the beginning.
+
+    A file goes as one, since its tests may share what its module has made.
+    """
+    here = Path(__file__).parent
+    folders = {here / name for name in _OF_WHOLE_SERVICES}
+    files = {
+        item.path for item in items if folders & set(item.path.parents) or "stack" in getattr(item, "fixturenames", ())
+    }
+    for item in items:
+        if item.path in files:
+            item.add_marker(pytest.mark.xdist_group(WHOLE_SERVICE))
+    items.sort(key=lambda item: item.path not in files)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """Stops the running service behind the last test of the group, so that it does not poll beside all the others."""
+    yield
+    running = item.session.stash.get(_STACK, None)
+    if running is not None and nextitem is not None and nextitem.get_closest_marker("xdist_group") is None:
+        running.stop()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hands out groups of tests, and files where a test has no group, in the order in which they were collected."""
+    from xdist.scheduler import LoadGroupScheduling
+
+    class GroupsAndFiles(LoadGroupScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            group: str = super()._split_scope(nodeid)
+            return group.partition("::")[0]
+
+    return GroupsAndFiles(config, log)
 
 
 @pytest.fixture
@@ -204,7 +254,7 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 @pytest.fixture
 def redis_url(redis_server: Server) -> str:
     """The address of an empty Redis."""
-    with closing(redis.Redis.from_url(redis_server.url)) as client:
+    with closing(redis.Redis.from_url(redis_server.url, socket_timeout=60)) as client:
         client.flushall()
     return str(redis_server.url)
 
@@ -251,12 +301,19 @@ def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Settings:
     return Settings(**values)
 
 
+@functools.cache
+def _bound() -> socket.socket:
+    bound = socket.socket()
+    bound.bind(("127.0.0.1", 0))
+    atexit.register(bound.close)
+    return bound
+
+
 def closed_port() -> int:
     """A port of 127.0.0.1 on which nothing listens: connecting to it is refused."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    # Held as long as the tests run: given back, it could be drawn by a server of the tests beside these.
+    port: int = _bound().getsockname()[1]
+    return port
 
 
 # --- the other end of webhooks and source URLs ----------------------------------------------------------------------
@@ -425,13 +482,14 @@ STACK_SETTINGS: dict[str, Any] = {
 
 
 @pytest.fixture(scope="session")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+def stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """The whole embedded service, in processes of its own: Redis, S3, SQL, API, image worker, chores and relay.
 
     Whoever kills a part of it waits until the supervisor has it back.
     """
     settings = Settings(data_dir=tmp_path_factory.mktemp("stack"), **STACK_SETTINGS)
     with Stack(settings, port=free_port()) as running:
+        request.session.stash[_STACK] = running
         yield running
 
 

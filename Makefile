@@ -23,7 +23,7 @@ up: ## Run the whole service on this machine until ^C; prints the address, a key
 	$(BIN)/enlarger up $(if $(PORT),--port $(PORT)) $(ARGS)
 
 # Two at a time: half of a test is waiting. `make test ARGS=-n0` runs them one by one, in this process.
-BESIDE := -n 2 --dist loadgroup --no-loadscope-reorder
+BESIDE := -n 2 --dist loadfile --no-loadscope-reorder
 # Complete means every line and branch. Asked for where a gap would lose jobs or spoil pictures, and only of whole runs.
 COMPLETELY_COVERED := shared/jobs.py,worker/tiling.py,worker/upscale.py
 test: ## Run every test, print the coverage, and fail where jobs, tiling or upscale are not covered completely.

@@ -87,48 +87,43 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 # Whole services, whose processes are killed, frozen and raced against: two at once would starve each other, and their
 # patience would run out. They are the longest, too, so they begin first, and what is short fills up the end.
-WHOLE_SERVICE = "whole-service"
-_OF_WHOLE_SERVICES = ("chaos", "journeys")
+# Here is every folder of such tests, and every other file that asks for `stack`.
+WHOLE_SERVICES = ("tests/chaos/", "tests/journeys/", "tests/api/test_cli.py", "tests/worker/test_commands.py")
 _STACK = pytest.StashKey[Stack]()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts every test that needs a whole running service into one group, and the group at the beginning.
+def needs_whole_service(nodeid: str) -> bool:
+    return nodeid.startswith(WHOLE_SERVICES)
 
-    A file goes as one, since its tests may share what its module has made.
-    """
-    here = Path(__file__).parent
-    folders = {here / name for name in _OF_WHOLE_SERVICES}
-    files = {
-        item.path for item in items if folders & set(item.path.parents) or "stack" in getattr(item, "fixturenames", ())
-    }
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole services first. Raises UsageError where a test asks for `stack` and is not known to."""
     for item in items:
-        if item.path in files:
-            item.add_marker(pytest.mark.xdist_group(WHOLE_SERVICE))
-    items.sort(key=lambda item: item.path not in files)
+        if "stack" in getattr(item, "fixturenames", ()) and not needs_whole_service(item.nodeid):
+            raise pytest.UsageError(f"{item.nodeid} asks for `stack`: name its file in WHOLE_SERVICES of {__file__}")
+    items.sort(key=lambda item: not needs_whole_service(item.nodeid))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
-    """Stops the running service behind the last test of the group, so that it does not poll beside all the others."""
+    """Stops the running service behind the last test that may want it, so that it does not poll beside all others."""
     yield
     running = item.session.stash.get(_STACK, None)
-    if running is not None and nextitem is not None and nextitem.get_closest_marker("xdist_group") is None:
+    if running is not None and nextitem is not None and not needs_whole_service(nextitem.nodeid):
         running.stop()
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Hands out groups of tests, and files where a test has no group, in the order in which they were collected."""
-    from xdist.scheduler import LoadGroupScheduling
+    """Hands out files as wholes, since their tests may share what a module has made, and whole services as one."""
+    from xdist.scheduler import LoadFileScheduling
 
-    class GroupsAndFiles(LoadGroupScheduling):
+    # Not by xdist's own groups: 3.8 writes them into an attribute of items that pytest 9.2 does not read any more.
+    class Files(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            group: str = super()._split_scope(nodeid)
-            return group.partition("::")[0]
+            return "whole services" if needs_whole_service(nodeid) else str(super()._split_scope(nodeid))
 
-    return GroupsAndFiles(config, log)
+    return Files(config, log)
 
 
 @pytest.fixture

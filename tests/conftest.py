@@ -121,7 +121,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     # Not by xdist's own groups: 3.8 writes them into an attribute of items that pytest 9.2 does not read any more.
     class Files(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "whole services" if needs_whole_service(nodeid) else str(super()._split_scope(nodeid))
+            if needs_whole_service(nodeid):
+                return "whole services"
+            # One browser at a time: it draws without a graphics card, and takes what processor there is.
+            return "browser" if nodeid.startswith("tests/browser/") else str(super()._split_scope(nodeid))
 
     return Files(config, log)
 

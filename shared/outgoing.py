@@ -6,8 +6,10 @@ answer of the name server (DNS rebinding) cannot lead anywhere else. It follows 
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -29,6 +31,12 @@ _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _TUNNELS = (ipaddress.IPv6Network("2002::/16"), ipaddress.IPv6Network("2001::/32"))
 
 
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    """What every client connects with: to read the certificates of this machine takes 20 ms."""
+    return httpx.create_ssl_context()
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a webhook receiver said: status, Retry-After in seconds where it gave a number, seconds it took."""
@@ -43,8 +51,7 @@ class GuardedClient:
 
     def __init__(self, allowed_private: Sequence[str] = ()) -> None:
         self._allowed: tuple[Network, ...] = tuple(ipaddress.ip_network(block) for block in allowed_private)
-        # TLS contexts cost 20 ms each: one for all.
-        self._ssl = httpx.create_ssl_context()
+        self._ssl = _tls()
 
     def check(self, url: str) -> None:
         """Raises BlockedUrl where the address may not be reached as things are now, FetchFailed where it has none."""

@@ -6,6 +6,8 @@ A test names what it needs. `settings` then points at exactly the servers that t
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import resource
@@ -79,6 +81,52 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+# --- which tests run beside which -----------------------------------------------------------------------------------
+
+# Whole services, whose processes are killed, frozen and raced against: two at once would starve each other, and their
+# patience would run out. They are the longest, too, so they begin first, and what is short fills up the end.
+# Here is every folder of such tests, and every other file that asks for `stack`.
+WHOLE_SERVICES = ("tests/chaos/", "tests/journeys/", "tests/api/test_cli.py", "tests/worker/test_commands.py")
+_STACK = pytest.StashKey[Stack]()
+
+
+def needs_whole_service(nodeid: str) -> bool:
+    return nodeid.startswith(WHOLE_SERVICES)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole services first. Raises UsageError where a test asks for `stack` and is not known to."""
+    for item in items:
+        if "stack" in getattr(item, "fixturenames", ()) and not needs_whole_service(item.nodeid):
+            raise pytest.UsageError(f"{item.nodeid} asks for `stack`: name its file in WHOLE_SERVICES of {__file__}")
+    items.sort(key=lambda item: not needs_whole_service(item.nodeid))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """Stops the running service behind the last test that may want it, so that it does not poll beside all others."""
+    yield
+    running = item.session.stash.get(_STACK, None)
+    if running is not None and nextitem is not None and not needs_whole_service(nextitem.nodeid):
+        running.stop()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hands out files as wholes, since their tests may share what a module has made, and whole services as one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    # Not by xdist's own groups: 3.8 writes them into an attribute of items that pytest 9.2 does not read any more.
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            if needs_whole_service(nodeid):
+                return "whole services"
+            # One browser at a time: it draws without a graphics card, and takes what processor there is.
+            return "browser" if nodeid.startswith("tests/browser/") else str(super()._split_scope(nodeid))
+
+    return Files(config, log)
 
 
 @pytest.fixture
@@ -204,7 +252,7 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 @pytest.fixture
 def redis_url(redis_server: Server) -> str:
     """The address of an empty Redis."""
-    with closing(redis.Redis.from_url(redis_server.url)) as client:
+    with closing(redis.Redis.from_url(redis_server.url, socket_timeout=60)) as client:
         client.flushall()
     return str(redis_server.url)
 
@@ -251,12 +299,19 @@ def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Settings:
     return Settings(**values)
 
 
+@functools.cache
+def _bound() -> socket.socket:
+    bound = socket.socket()
+    bound.bind(("127.0.0.1", 0))
+    atexit.register(bound.close)
+    return bound
+
+
 def closed_port() -> int:
     """A port of 127.0.0.1 on which nothing listens: connecting to it is refused."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    # Held as long as the tests run: given back, it could be drawn by a server of the tests beside these.
+    port: int = _bound().getsockname()[1]
+    return port
 
 
 # --- the other end of webhooks and source URLs ----------------------------------------------------------------------
@@ -425,13 +480,14 @@ STACK_SETTINGS: dict[str, Any] = {
 
 
 @pytest.fixture(scope="session")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+def stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """The whole embedded service, in processes of its own: Redis, S3, SQL, API, image worker, chores and relay.
 
     Whoever kills a part of it waits until the supervisor has it back.
     """
     settings = Settings(data_dir=tmp_path_factory.mktemp("stack"), **STACK_SETTINGS)
     with Stack(settings, port=free_port()) as running:
+        request.session.stash[_STACK] = running
         yield running
 
 

@@ -65,8 +65,16 @@ def a_job(
     )
 
 
-def a_claim(session: Session, job_id: str, now: datetime, *, worker_id: str = "w1", device: str = "cpu") -> Claim:
-    claim = jobs.claim(session, job_id, worker_id=worker_id, device=device, lease_seconds=LEASE_SECONDS, now=now)
+def a_claim(
+    session: Session,
+    job_id: str,
+    now: datetime,
+    *,
+    worker_id: str = "w1",
+    device: str = "cpu",
+    lease_seconds: float = LEASE_SECONDS,
+) -> Claim:
+    claim = jobs.claim(session, job_id, worker_id=worker_id, device=device, lease_seconds=lease_seconds, now=now)
     assert claim is not None, f"{job_id} cannot be claimed"
     return claim
 

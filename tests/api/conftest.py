@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
+from unittest import mock
 
 import pytest
 from flask import Flask
@@ -20,6 +23,7 @@ from api.app import create_app
 from api.context import Context
 from shared import jobs, keys
 from shared.db import Database
+from shared.sandbox import Sandbox
 from shared.settings import Settings
 from shared.storage import Storage
 from tests.factories import a_claim, a_png
@@ -106,9 +110,30 @@ class Api:
         self.work(job_id, store)
 
 
+class _Lasting(Sandbox):
+    """Outlives the applications that have it."""
+
+    def close(self) -> None:
+        pass
+
+
+@functools.cache
+def _sandbox() -> Sandbox:
+    made = _Lasting("shared.pictures")
+    made.start()
+    atexit.register(Sandbox.close, made)
+    return made
+
+
+def an_app(settings: Settings) -> Flask:
+    """The application. Only the process that reads pictures is one for all: to start it takes as long as a test."""
+    with mock.patch("api.app.Sandbox", return_value=_sandbox()):
+        return create_app(settings)
+
+
 @contextmanager
 def running(settings: Settings) -> Iterator[Api]:
-    app = create_app(settings)
+    app = an_app(settings)
     app.testing = True
     context = app.extensions["enlarger"]
     try:

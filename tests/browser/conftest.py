@@ -26,7 +26,6 @@ from playwright.sync_api import Browser, BrowserContext, Page, Request, Response
 from sqlalchemy import select
 from werkzeug.serving import ThreadedWSGIServer
 
-from api.app import create_app
 from shared import jobs, keys, renditions, workers
 from shared.db import Database, clock
 from shared.errors import EnlargerError
@@ -35,6 +34,7 @@ from shared.models import Job
 from shared.settings import Settings
 from shared.storage import Storage
 from shared.workers import WorkerFacts
+from tests.api.conftest import an_app
 from tests.browser.looking import keep_picture, serious_faults
 from tests.conftest import wait_until
 from tests.factories import a_png, options, picture
@@ -130,7 +130,7 @@ class Site:
         self.settings = settings
         self.database = database
         self.storage = storage
-        self._app = create_app(settings)
+        self._app = an_app(settings)
         self._server: _Server | None = None
         self._port = 0
         self.start()

@@ -113,7 +113,7 @@ def test_a_clock_set_back_does_not_hold_the_job_of_a_dead_worker(database: Datab
         watch = a_watch(session, timedelta(hours=-1))
         before = clock(session) + timedelta(hours=1)
         made = a_job(session, a_key(session, before), before)
-        a_claim(session, made.id, before)
+        a_claim(session, made.id, before, lease_seconds=0.05)
     settings = settings.model_copy(update={"lease_seconds": 0.05})
 
     # when the clock is set right, then its lease passes as soon as a fresh one would,

@@ -101,6 +101,16 @@ def test_any_picture_in_any_strips_is_the_whole_one(height: int, width: int, fed
     assert float((made - whole(module, image)).abs().max()) < HALF_A_LEVEL
 
 
+def test_a_wide_picture_is_cut_into_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(networks, "STRIP_COLUMNS", 17)
+    module, image = srresnet(), picture(60, 50)
+    work = plan_work(network_of(module), 50, 60, 4)
+    assert work.tile_count == 3 * work.band_count
+    assert 1 < work.waste < 3
+    made = torch.cat(list(network_of(module).rows(pieces(image, 16))), dim=1)
+    assert float((made - whole(module, image)).abs().max()) < HALF_A_LEVEL
+
+
 def test_the_x2_and_x3_of_the_compact_network_cannot_be_drawn() -> None:
     assert Compact(2).draw() == []
 
@@ -192,9 +202,9 @@ def test_what_watches_can_stop_within_a_strip() -> None:
 
 def test_a_picture_too_wide_for_the_memory_is_cut_into_tiles() -> None:
     network = network_of(srresnet())
-    needed = network.strips_bytes(3000)
-    assert plan_work(network, 3000, 200, 4, memory_bytes=needed).plans[0].in_strips
-    assert not plan_work(network, 3000, 200, 4, memory_bytes=needed - 1).plans[0].in_strips
+    enough = -(-network.strips_bytes(3000) // upscale.STRIPS_MEMORY)
+    assert plan_work(network, 3000, 200, 4, memory_bytes=enough).plans[0].in_strips
+    assert not plan_work(network, 3000, 200, 4, memory_bytes=enough - 1).plans[0].in_strips
 
 
 @pytest.mark.parametrize(("answer", "counted"), [(float("nan"), (1, 0)), (0.5, (0, 1))])
@@ -214,8 +224,14 @@ def test_an_answer_that_cannot_be_right_is_refused(
 
 
 def test_bands_of_a_plan_in_strips_are_about_as_large_as_asked() -> None:
-    made = plan_strips(100, 1000, band_px=5_000)
+    made = plan_strips(100, 1000, band_px=5_000, columns=networks.strip_columns(100, 9))
     assert [band.region.height for band in made.bands] == [50] * 20
     assert (made.halo_px, made.tile_px, made.waste) == (0, 100, 1.0)
-    assert plan_strips(8000, 3, band_px=5_000).bands[2].region.height == 1
-    assert upscale.STRIPS_BAND_PX > 0
+    wide = plan_strips(8000, 3, band_px=5_000, columns=networks.strip_columns(8000, 40))
+    assert [band.region.height for band in wide.bands] == [1, 1, 1]
+    assert [(tile.keep.width, tile.read.width) for tile in wide.bands[0].tiles] == [
+        (2000, 2040),
+        (2000, 2080),
+        (2000, 2080),
+        (2000, 2040),
+    ]

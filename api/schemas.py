@@ -388,7 +388,10 @@ class JobView(Answered):
     started_at: datetime | None
     finished_at: datetime | None
     expires_at: datetime | None
-    queue_position: int | None = Field(description="1 is next; in lists always null.")
+    queue_position: int | None = Field(
+        description="1 is next; grows when a job comes before it whose key has had less of the workers. In lists "
+        "always null."
+    )
     progress: Progress
     input: InputView
     result: ResultView | None

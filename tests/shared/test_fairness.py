@@ -95,9 +95,11 @@ def test_a_thousand_jobs_of_one_key_are_behind_the_single_one_of_another(databas
         assert claim == Claim(single.id, 1)
 
 
-def test_keys_are_served_as_many_px_each_whatever_the_size_of_their_jobs(database: Database, now: datetime) -> None:
+def test_keys_are_served_as_many_px_each_whatever_the_size_of_their_jobs(
+    sqlite_database: Database, now: datetime
+) -> None:
     chance = random.Random(7)
-    with database.transaction() as session:
+    with sqlite_database.transaction() as session:
         sides_px = {a_key(session, now).id: side_px for side_px in (10, 20, 40)}
         for key_id, side_px in sides_px.items():
             for _ in range(3200 // side_px**2 + 2):
@@ -138,8 +140,8 @@ def test_a_key_that_waits_for_each_result_has_its_share_in_px_too(sqlite_databas
     assert all(15 <= later - earlier <= 19 for earlier, later in pairwise(places)), places
 
 
-def test_neither_a_rest_nor_jobs_taken_back_are_held_against_a_key(database: Database, now: datetime) -> None:
-    with database.transaction() as session:
+def test_neither_a_rest_nor_jobs_taken_back_are_held_against_a_key(sqlite_database: Database, now: datetime) -> None:
+    with sqlite_database.transaction() as session:
         first, second = a_key(session, now).id, a_key(session, now).id
         # Given a key that has had ten jobs done while nobody else had any, and one that took back ten,
         for _ in range(10):

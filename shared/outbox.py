@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 import redis
 from celery import Celery
@@ -43,12 +42,6 @@ CHORES_QUEUE = "chores"
 # A key of random value that lives in Redis beside the messages. When it is gone, so are they: Redis was wiped.
 GENERATION_KEY = "enlarger:generation"
 
-# Celery ends a task at its time limit. That is the last net, far above what the plan expects: the lease and the
-# deadline between tiles act long before.
-TIME_LIMIT_FACTOR = 10
-LEAST_TIME_LIMIT_SECONDS = 1800
-SOFT_LIMIT_EARLIER_SECONDS = 60
-
 
 def celery_app(settings: Settings) -> Celery:
     """Celery with every setting that reliability depends on, each with its reason; no tasks, no connection made.
@@ -72,7 +65,7 @@ def celery_app(settings: Settings) -> Celery:
             "health_check_interval": 10,
             # A retry after a lost reply would repeat the LPUSH: one more duplicate for nothing.
             "retry_on_timeout": False,
-            # Interactive queues come first in the worker's list and are emptied first.
+            # Interactive queues come first in the worker's list. Which job a message leads to is SQL's to say.
             "queue_order_strategy": "priority",
         },
         # A worker outlives any outage of Redis, also one in which it is started: the default gives up after 100 tries.
@@ -124,11 +117,10 @@ class JobMessage:
 
     job_id: str
     queue: str
-    expected_seconds: float
 
 
 def message_of(job: Job) -> JobMessage:
-    return JobMessage(job.id, job.queue, job.expected_seconds)
+    return JobMessage(job.id, job.queue)
 
 
 class Broker:
@@ -142,14 +134,7 @@ class Broker:
 
     def publish_job(self, message: JobMessage) -> None:
         """Raises BrokerUnavailable; the message may or may not have been queued then."""
-        limit_seconds = max(LEAST_TIME_LIMIT_SECONDS, int(TIME_LIMIT_FACTOR * message.expected_seconds))
-        self._send(
-            RUN_JOB,
-            [message.job_id],
-            message.queue,
-            time_limit=limit_seconds,
-            soft_time_limit=limit_seconds - SOFT_LIMIT_EARLIER_SECONDS,
-        )
+        self._send(RUN_JOB, [message.job_id], message.queue)
 
     def publish_chore(self, task: str, *args: str) -> None:
         """Raises BrokerUnavailable; the message may or may not have been queued then."""
@@ -174,9 +159,9 @@ class Broker:
         self._celery.close()
         self._redis.close()
 
-    def _send(self, task: str, args: Sequence[str], queue_name: str, **limits: Any) -> None:
+    def _send(self, task: str, args: Sequence[str], queue_name: str) -> None:
         try:
-            self._celery.send_task(task, args=list(args), queue=queue_name, ignore_result=True, **limits)
+            self._celery.send_task(task, args=list(args), queue=queue_name, ignore_result=True)
         except (KombuError, OperationalError, redis.RedisError, OSError) as error:
             raise BrokerUnavailable("The message could not be sent.") from error
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Generic, TypeVar, TypeVarTuple
 
-from sqlalchemy import Row, Select, and_, case, func, or_, select
+from sqlalchemy import Row, Select, and_, case, func, or_, select, tuple_
 from sqlalchemy.orm import Session, aliased
 
 from shared.errors import InvalidRequest, NotFound
@@ -161,13 +161,51 @@ def key_names(session: Session, key_ids: Iterable[str]) -> dict[str, str]:
 
 
 def queue_position(session: Session, job: Job) -> int | None:
-    """1 for the queued job that is next on its queue; None for a job that is not queued."""
+    """1 for the queued job that is next on its queue; None for a job that is not queued.
+
+    It grows where somebody hands in a job whose share comes first.
+    """
     if job.state != JobState.QUEUED:
         return None
     ahead = session.scalar(
-        select(func.count()).where(Job.state == JobState.QUEUED, Job.queue == job.queue, Job.id < job.id)
+        select(func.count()).where(
+            Job.state == JobState.QUEUED,
+            Job.queue == job.queue,
+            tuple_(Job.start_tag_px, Job.id) < tuple_(job.start_tag_px, job.id),
+        )
     )
     return (ahead or 0) + 1
+
+
+def start_tag_px(session: Session, owner_key_id: str, queue: str) -> int:
+    """Where the next job of this key would stand in the queue: the start tag of start-time fair queueing (Goyal, Vin
+    and Cheng, 1996), in px of results. One SELECT of index look-ups.
+
+    A job starts where the key's one before it ends, but not before the queue's present: keys that have jobs waiting
+    are served as many px each, and one that has had none for a while gains nothing by it. The present is the tag of
+    what runs; where jobs run that were given back, of what is next. All of it is read from the jobs, so that a job
+    taken back or deleted is no burden to its key.
+    """
+    of_queue = {
+        state: select(found(Job.start_tag_px)).where(Job.state == state, Job.queue == queue).scalar_subquery()
+        for state, found in (
+            (JobState.RUNNING, func.max),
+            (JobState.QUEUED, func.min),
+            (JobState.SUCCEEDED, func.max),
+        )
+    }
+    of_key = [
+        select(Job.start_tag_px + Job.output_px)
+        .where(Job.owner_key_id == owner_key_id, Job.state == state, Job.queue == queue)
+        .order_by(Job.start_tag_px.desc())
+        .limit(1)
+        .scalar_subquery()
+        for state in of_queue
+    ]
+    running, queued, done, *ends = session.execute(select(*of_queue.values(), *of_key)).one()
+    under_way = [tag for tag in (running, queued) if tag is not None]
+    present = min(under_way) if under_way else (done or 0)
+    return max(present, *(end or 0 for end in ends))
 
 
 @dataclass(frozen=True)
@@ -189,7 +227,11 @@ def pulse(session: Session, job_id: str, owner_key_id: str) -> Pulse:
     other = aliased(Job)
     ahead = (
         select(func.count())
-        .where(other.state == JobState.QUEUED, other.queue == Job.queue, other.id < Job.id)
+        .where(
+            other.state == JobState.QUEUED,
+            other.queue == Job.queue,
+            tuple_(other.start_tag_px, other.id) < tuple_(Job.start_tag_px, Job.id),
+        )
         .scalar_subquery()
     )
     row = session.execute(
@@ -436,6 +478,28 @@ def image_queue(device: str, priority: str, *, gpu_alive: bool) -> str:
     return f"{kind}.{priority}"
 
 
+def stranded_queues(session: Session, *, worker_lost_after_seconds: float, now: datetime) -> list[tuple[str, str]]:
+    """(from, to) of queues whose `auto` jobs would be served elsewhere: those of GPUs while no GPU is left, those of
+    CPUs while there is one.
+
+    A worker that stopped lately counts as there: it is being replaced, and what waits for a GPU would take a CPU long.
+    """
+    heard = session.execute(
+        select(Worker.queues, Worker.device, Worker.stopped_at).where(
+            Worker.seen_at > now - timedelta(seconds=worker_lost_after_seconds), Worker.drained_at.is_(None)
+        )
+    ).all()
+    alive = [worker for worker in heard if worker.stopped_at is None]
+    found = []
+    for priority in ("interactive", "bulk"):
+        gpu, cpu = image_queue("gpu", priority, gpu_alive=True), image_queue("cpu", priority, gpu_alive=True)
+        if any(worker.device == "gpu" and gpu in worker.queues for worker in alive):
+            found.append((cpu, gpu))
+        elif any(cpu in worker.queues for worker in alive) and not any(gpu in worker.queues for worker in heard):
+            found.append((gpu, cpu))
+    return found
+
+
 @dataclass(frozen=True)
 class RunHistory:
     """What finished jobs took, carried over to a job that is expected to take so long; None where there are none."""
@@ -573,13 +637,23 @@ def deliveries_pending(session: Session) -> int:
     return session.scalar(select(func.count()).where(Delivery.state == DeliveryState.PENDING)) or 0
 
 
-def expected_wait_seconds(session: Session, queue: str, *, worker_lost_after_seconds: float, now: datetime) -> float:
-    """Work queued ahead on a queue over the workers that serve it, from the expectation written at submit."""
-    work = session.scalar(
-        select(func.coalesce(func.sum(Job.expected_seconds), 0.0)).where(
-            Job.queue == queue, or_(Job.state == JobState.QUEUED, Job.state == JobState.RUNNING)
-        )
-    )
+def expected_wait_seconds(
+    session: Session, queue: str, *, worker_lost_after_seconds: float, now: datetime, before_tag_px: int | None = None
+) -> float:
+    """Work ahead on a queue over the workers that serve it, from the expectation written at submit.
+
+    Ahead is all that runs and waits there; with `before_tag_px` only what waits before a job with that start tag. What
+    waits in the interactive queue of the same device is ahead of a bulk job too.
+    """
+    ahead = Job.state == JobState.QUEUED
+    if before_tag_px is not None:
+        ahead = and_(ahead, Job.start_tag_px <= before_tag_px)
+    of_work = or_(ahead, Job.state == JobState.RUNNING)
+    device, _, priority = queue.partition(".")
+    of_queue = and_(Job.queue == queue, of_work)
+    if priority == "bulk":
+        of_queue = or_(of_queue, and_(Job.queue == f"{device}.interactive", Job.state == JobState.QUEUED))
+    work = session.scalar(select(func.coalesce(func.sum(Job.expected_seconds), 0.0)).where(of_queue))
     workers = serving_workers(session, worker_lost_after_seconds=worker_lost_after_seconds, now=now)
     serving = sum(queue in worker.queues for worker in workers)
     return float(work or 0.0) / max(1, serving)

@@ -66,10 +66,18 @@ BAND_SECONDS = 0.1
 TRACE_SECONDS = 5.0
 """So often the trace of a running attempt is written beside its progress."""
 
+CLAIM_TRIES = 5
+"""So often a claim tries again that met other workers at every job that is due."""
+
 DRAINED_LOOK_SECONDS = 1.0
 """A drained worker looks this often whether it may work again ..."""
 DRAINED_SPELL_SECONDS = 1200.0
-"""... and ends the task it waits in after this: far below the time limit at which Celery would kill it."""
+"""... and ends the task it waits in after this: the broker gives a message that is held for two hours to another."""
+
+# An attempt's process ends at its limit. That is the last net, far above what the plan expects: the lease and the
+# deadline between tiles act long before.
+LIMIT_FACTOR = 10
+LEAST_LIMIT_SECONDS = 1800.0
 
 FINISH_RATHER_THAN_RELEASE_SECONDS = 5.0
 """A worker that stops finishes what will take no longer: doing it all again elsewhere would cost more."""
@@ -312,6 +320,8 @@ class Executor:
         closed with this. `own_cards`: models of its own that it offers to everybody."""
         self.must_end = False
         """No further attempt may be made in this process: its device is broken, or it has been told to exit."""
+        self.set_limit: Callable[[float], object] = lambda _seconds: None
+        """Told, when an attempt begins, after how many seconds this process is to be killed; 0 when it has ended."""
         self._database, self._storage, self._settings = database, storage, settings
         self._engines = engines
         self._decoder = decoder
@@ -319,6 +329,7 @@ class Executor:
         self._stopping = threading.Event()
         self._lifeline: Lifeline | None = None
         self._is_drained = False
+        self._interactive_in_a_row = 0
         self._usage = Usage(on_gpu=facts.device == "gpu")
         self.presence = Presence(
             database,
@@ -379,15 +390,19 @@ class Executor:
         self._storage.close()
         self._database.close()
 
-    def run(self, job_id: str) -> Outcome | None:
-        """One attempt at the job, from claim to finish. None where there was nothing to claim.
+    def run(self, job_id: str, queue: str | None = None) -> Outcome | None:
+        """One attempt at a job, from claim to finish. None where there was nothing to claim.
+
+        The message of `job_id` has come from `queue` (None: the one the job waits in). It says that there is work for
+        the queue's device; which job that is, SQL decides: the one whose turn it is. As many messages as jobs are on
+        their way to a device, so that one whose job is done already stands for another that waits.
 
         Raises nothing that is the job's fault. Where the database does not answer at the claim, nothing has happened,
-        and the relay sends the message again.
+        and the relay sends a message again.
         """
         with structlog.contextvars.bound_contextvars(job_id=job_id):
             try:
-                claimed = self._claim(job_id)
+                claimed = self._claim(job_id, queue)
             except DatabaseUnavailable as error:
                 log.warning("job.not_claimed", detail=error.detail)
                 return None
@@ -396,37 +411,54 @@ class Executor:
                 if self._is_drained:
                     self._wait_while_drained()
                 return None
-            claim, job, now, device = claimed
-            self._traces.begin("job.wait", job.traceparent, at=job.queued_at, job_id=job_id, queue=job.queue).end(now)
-            span = self._traces.begin("job.attempt", job.traceparent, job_id=job_id, attempt=claim.attempt)
+        claim, job, now, device = claimed
+        with structlog.contextvars.bound_contextvars(job_id=job.id):
+            self._traces.begin("job.wait", job.traceparent, at=job.queued_at, job_id=job.id, queue=job.queue).end(now)
+            span = self._traces.begin("job.attempt", job.traceparent, job_id=job.id, attempt=claim.attempt)
             with structlog.contextvars.bound_contextvars(attempt=claim.attempt, traceparent=span.traceparent):
                 outcome = self._attempt(claim, job, now, device, Phases(self._traces, span.traceparent))
             span.end(outcome=type(outcome).__name__.lower(), device=device)
             return outcome
 
-    def _claim(self, job_id: str) -> tuple[Claim, Job, datetime, str] | None:
-        with self._database.transaction() as session:
-            now = clock(session)
-            queue = session.scalar(select(Job.queue).where(Job.id == job_id))
-            # A late copy of a message may name a job that has been moved to another device since.
-            if queue is None or queue not in self.presence.facts.queues:
-                return None
-            device = "cpu" if queue.startswith("cpu.") else "gpu"
-            claim = jobs.claim(
-                session,
-                job_id,
-                worker_id=self.presence.facts.id,
-                device=device,
-                lease_seconds=self._settings.lease_seconds,
-                now=now,
-            )
-            if claim is None:
-                self._is_drained = workers.is_drained(session, self.presence.facts.id)
+    def _claim(self, job_id: str, queue: str | None) -> tuple[Claim, Job, datetime, str] | None:
+        worker_id = self.presence.facts.id
+        for _ in range(CLAIM_TRIES):
+            with self._database.transaction() as session:
+                now = clock(session)
+                # A message of before a job was moved to another device leads to the jobs of its own.
+                served = self._served(queue or session.scalar(select(Job.queue).where(Job.id == job_id)) or "")
+                next_id = jobs.next_due(session, served, now=now) if served else None
+                if next_id is None:
+                    self._is_drained = workers.is_drained(session, worker_id)
+                    return None
+                device = "cpu" if served[0].startswith("cpu.") else "gpu"
+                claim = jobs.claim(
+                    session,
+                    next_id,
+                    worker_id=worker_id,
+                    device=device,
+                    lease_seconds=self._settings.lease_seconds,
+                    now=now,
+                )
+                if claim is not None:
+                    workers.working_on(session, worker_id, claim.job_id, now=now)
+                    job = session.get_one(Job, claim.job_id)
+                    self._interactive_in_a_row = 0 if job.queue.endswith(".bulk") else self._interactive_in_a_row + 1
+                    return claim, job, now, device
+                self._is_drained = workers.is_drained(session, worker_id)
                 if self._is_drained:
-                    jobs.give_message_back(session, job_id)
-                return None
-            workers.working_on(session, self.presence.facts.id, job_id, now=now)
-            return claim, session.get_one(Job, job_id), now, device
+                    jobs.give_message_back(session, served, now=now)
+                    return None
+            # Another worker was taking it: what it left behind is seen by a new transaction.
+        return None
+
+    def _served(self, queue: str) -> list[str]:
+        """The queues of this one's device that the process serves, in the order in which jobs are taken from them."""
+        device = queue.partition(".")[0]
+        served = [each for each in self.presence.facts.queues if each.partition(".")[0] == device]
+        if self._interactive_in_a_row >= self._settings.bulk_after_interactive_jobs:
+            served.sort(key=lambda each: not each.endswith(".bulk"))
+        return served
 
     def _wait_while_drained(self) -> None:
         """Holds the message, which has been given back, so that the broker hands this process no other."""
@@ -453,6 +485,7 @@ class Executor:
             on_phase=phases.begins,
         )
         outcome: Outcome
+        self.set_limit(max(LEAST_LIMIT_SECONDS, LIMIT_FACTOR * job.expected_seconds))
         try:
             outcome = Succeeded(self._work(claim, job, queued_seconds, device, self._lifeline))
         except BaseException as error:  # noqa: BLE001 - whatever it is, it becomes an Outcome
@@ -463,6 +496,7 @@ class Executor:
         try:
             self._record(claim, outcome, self._lifeline.trace)
         finally:
+            self.set_limit(0)
             self._lifeline = None
             phases.end()
         _count(outcome, job.model)

@@ -423,11 +423,15 @@ def counts_by_state(session: Session) -> dict[str, int]:
 
 
 def gpu_is_alive(session: Session, *, worker_lost_after_seconds: float, now: datetime) -> bool:
-    """A live GPU worker serves the gpu queues: `auto` jobs go there."""
-    return any(
-        worker.device == "gpu"
-        for worker in serving_workers(session, worker_lost_after_seconds=worker_lost_after_seconds, now=now)
+    """A live GPU worker serves the gpu queues: `auto` jobs go there. Asked at each submit, so of SQL and without rows:
+    those carry all that their processes have counted."""
+    working = select(Worker.id).where(
+        Worker.device == "gpu",
+        Worker.stopped_at.is_(None),
+        Worker.drained_at.is_(None),
+        Worker.seen_at > now - timedelta(seconds=worker_lost_after_seconds),
     )
+    return session.scalar(working.limit(1)) is not None
 
 
 def image_queue(device: str, priority: str, *, gpu_alive: bool) -> str:

@@ -8,6 +8,7 @@ them: thumbnails (`shared.thumbnails`), `.../preview-<attempt>/*` (`shared.previ
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,9 @@ from shared.telemetry import tallies
 
 # Below this one PUT; above, a multipart upload whose parts go up while the next is read.
 MULTIPART_BYTES = 16 * 1024 * 1024
+# Up to this a blob is read whole and sent at once: most of the pictures that are handed in, and all small ones beside
+# results.
+ONE_GULP_BYTES = 1024 * 1024
 STREAM_CHUNK_BYTES = 256 * 1024
 _THIS_MACHINE = frozenset({"localhost", "127.0.0.1", "::1"})
 _MISSING_CODES = frozenset({"404", "NoSuchKey", "NotFound"})
@@ -110,6 +114,13 @@ class Storage:
         `on_bytes` hears of each chunk sent, from other threads.
         """
         with _translated(key):
+            head = file.read(ONE_GULP_BYTES + 1) if on_bytes is None else None
+            if head is not None and len(head) <= ONE_GULP_BYTES:
+                # In this thread: handing it to boto3's costs more than the request itself.
+                self._client.put_object(Bucket=self.bucket, Key=key, Body=head, ContentType=content_type)
+                return
+            if head is not None:
+                file.seek(-len(head), os.SEEK_CUR)
             self._client.upload_fileobj(
                 _LeftOpen(file),
                 self.bucket,

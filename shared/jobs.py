@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, delete, exists, func, insert, literal, or_, select, update
+from sqlalchemy import ColumnElement, Row, bindparam, delete, exists, func, insert, literal, or_, select, update
 from sqlalchemy.orm import Session
 
 from shared import deliveries
@@ -140,7 +140,7 @@ def submit(
 
     Raises QueueFull where the key has `max_queued_jobs` waiting already.
     """
-    waiting = session.scalar(select(func.count()).where(Job.owner_key_id == owner_key_id, Job.state == JobState.QUEUED))
+    waiting = session.scalar(_WAITING, {"owner_key_id": owner_key_id})
     if (waiting or 0) >= max_queued_jobs:
         raise QueueFull(
             f"This key has {waiting} queued jobs; at most {max_queued_jobs} may wait. Try again when some have run.",
@@ -190,6 +190,9 @@ def submit(
     session.add(job)
     session.flush()
     return job
+
+
+_WAITING = select(func.count()).where(Job.owner_key_id == bindparam("owner_key_id"), Job.state == JobState.QUEUED)
 
 
 def claim(

@@ -49,6 +49,12 @@ TIME_LIMIT_FACTOR = 10
 LEAST_TIME_LIMIT_SECONDS = 1800
 SOFT_LIMIT_EARLIER_SECONDS = 60
 
+# What was published in a moment is marked in one transaction: with one for each job, marks would be half of all commits
+# of a busy API. Long enough for several jobs at 100/s, and so short that the relay, which looks each second and sends
+# once more what is not marked, finds few.
+MARK_AFTER_SECONDS = 0.05
+MARKED_TOGETHER = 100
+
 
 def celery_app(settings: Settings) -> Celery:
     """Celery with every setting that reliability depends on, each with its reason; no tasks, no connection made.
@@ -220,29 +226,48 @@ class Hurrier:
     def _run(self) -> None:
         ended = False
         while not ended:
-            batch = [self._waiting.get()]
-            while len(batch) < 100:
-                try:
-                    batch.append(self._waiting.get_nowait())
-                except queue.Empty:
-                    break
-            messages = [message for message in batch if message is not None]
-            ended = len(messages) < len(batch)
-            self._publish_all(messages)
+            first = self._waiting.get()
+            ended = first is None or self._hurry(first)
 
-    def _publish_all(self, batch: Sequence[JobMessage]) -> None:
+    def _hurry(self, first: JobMessage) -> bool:
+        """Publishes this job and those that come within MARK_AFTER_SECONDS, each at once, and marks them together. True
+        where the end was announced."""
+        mark_at = time.monotonic() + MARK_AFTER_SECONDS
         sent: list[str] = []
-        if not batch:
-            return
+        message: JobMessage | None = first
+        ended = False
         try:
             generation = self._broker.generation()
-            for message in batch:
+            while message is not None:
                 self._broker.publish_job(message)
                 sent.append(message.job_id)
+                left_seconds = mark_at - time.monotonic()
+                if left_seconds <= 0 or len(sent) == MARKED_TOGETHER:
+                    break
+                try:
+                    message = self._waiting.get(timeout=left_seconds)
+                except queue.Empty:
+                    break
+                ended = message is None
         except BrokerUnavailable as error:
-            log.warning("outbox.hurry_failed", unsent=len(batch) - len(sent), detail=error.detail)
-        if not sent:
-            return
+            # Those that wait would fail likewise, each after its own time.
+            unsent, ended = self._drop()
+            log.warning("outbox.hurry_failed", unsent=1 + unsent, detail=error.detail)
+        if sent:
+            self._mark(sent, generation)
+        return ended
+
+    def _drop(self) -> tuple[int, bool]:
+        """Throws away what waits, at most MARKED_TOGETHER; (how many, whether the end was announced)."""
+        for count in range(MARKED_TOGETHER):
+            try:
+                if self._waiting.get_nowait() is None:
+                    return count, True
+            except queue.Empty:
+                return count, False
+        return MARKED_TOGETHER, False
+
+    def _mark(self, sent: Sequence[str], generation: str) -> None:
         try:
             with self._database.transaction() as session:
                 mark_published(session, sent, generation, clock(session))

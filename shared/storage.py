@@ -62,6 +62,8 @@ class Storage:
             read_timeout=silence_seconds,
             retries={"mode": "standard", "total_max_attempts": tries},
             max_pool_connections=50,
+            # boto3's own is put together anew for each request, which takes longer than to sign it.
+            user_agent="enlarger",
             signature_version="s3v4",
             # Path style: an embedded or self-hosted server has no wildcard DNS for its buckets.
             s3={"addressing_style": "path"} if settings.storage_endpoint_url else {},

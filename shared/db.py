@@ -5,14 +5,14 @@ SQLite (the default, one host) and PostgreSQL (production) are treated alike by 
 
 from __future__ import annotations
 
+import functools
 import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import psycopg
 from sqlalchemy import Connection, DateTime, Dialect, MetaData, create_engine, event, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
@@ -23,6 +23,9 @@ from sqlalchemy.types import TypeDecorator
 
 from shared.errors import DatabaseUnavailable
 from shared.telemetry import tallies
+
+if TYPE_CHECKING:
+    import psycopg
 
 # Named constraints, so that migrations can drop what they made on either database.
 NAMING_CONVENTION = {
@@ -146,21 +149,28 @@ def _translated() -> Iterator[None]:
         raise DatabaseUnavailable("The database has ended the connection.", retry_after_seconds=2) from error
 
 
-class _Impatient(psycopg.Connection[Any]):
-    """A connection that closes itself where the server says nothing for POSTGRESQL_SILENCE_SECONDS."""
-
-    def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
-        silence_seconds = POSTGRESQL_SILENCE_SECONDS if timeout is None else timeout
-        try:
-            return super().wait(gen, interval, silence_seconds)
-        except psycopg.errors._WaitTimeout:
-            # What it was in the middle of is unknown: closed, it is taken out of the pool.
-            self.pgconn.finish()
-            raise
-
-
 def _connect_impatiently(_dialect: Dialect, _record: ConnectionPoolEntry, words: Any, named: Any) -> Any:
-    return _Impatient.connect(*words, **named)
+    return _impatient().connect(*words, **named)
+
+
+@functools.cache
+def _impatient() -> type[psycopg.Connection[Any]]:
+    # Not at the top: on SQLite nobody needs it.
+    import psycopg
+
+    class Impatient(psycopg.Connection[Any]):
+        """A connection that closes itself where the server says nothing for POSTGRESQL_SILENCE_SECONDS."""
+
+        def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
+            silence_seconds = POSTGRESQL_SILENCE_SECONDS if timeout is None else timeout
+            try:
+                return super().wait(gen, interval, silence_seconds)
+            except psycopg.errors._WaitTimeout:
+                # What it was in the middle of is unknown: closed, it is taken out of the pool.
+                self.pgconn.finish()
+                raise
+
+    return Impatient
 
 
 def _statement_begins(connection: Connection, *_: Any) -> None:

@@ -7,6 +7,7 @@ duplicate: `relay_due` sends again what did not come to anything.
 
 from __future__ import annotations
 
+import functools
 import queue
 import secrets
 import threading
@@ -15,12 +16,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import redis
-from celery import Celery
-from kombu import Queue
-from kombu.exceptions import KombuError, OperationalError
 from sqlalchemy import case, update
 from sqlalchemy.orm import Session
 
@@ -31,6 +28,10 @@ from shared.models import Job
 from shared.queries import IMAGE_QUEUES
 from shared.settings import Settings
 from shared.telemetry import log
+
+if TYPE_CHECKING:
+    import redis
+    from celery import Celery
 
 RUN_JOB = "enlarger.run_job"
 DELIVER_WEBHOOK = "enlarger.deliver_webhook"
@@ -61,6 +62,11 @@ def celery_app(settings: Settings) -> Celery:
 
     Producers (API, relay) use it as it is; `worker.app` adds tasks and what only consumers need.
     """
+    # Here and below not at the top: whoever only asks SQL imports this module too, and a tenth of the API's start would
+    # be Celery and Redis.
+    from celery import Celery
+    from kombu import Queue
+
     app = Celery("enlarger", broker=settings.redis_url, set_as_current=False)
     app.conf.update(
         broker_transport_options={
@@ -141,9 +147,18 @@ class Broker:
     """Publishes. One per process; connects when first used."""
 
     def __init__(self, settings: Settings) -> None:
-        self._celery = celery_app(settings)
-        self._redis = redis.Redis.from_url(
-            settings.redis_url, socket_timeout=5, socket_connect_timeout=2, decode_responses=True
+        self._settings = settings
+
+    @functools.cached_property
+    def _celery(self) -> Celery:
+        return celery_app(self._settings)
+
+    @functools.cached_property
+    def _redis(self) -> redis.Redis:
+        import redis
+
+        return redis.Redis.from_url(
+            self._settings.redis_url, socket_timeout=5, socket_connect_timeout=2, decode_responses=True
         )
 
     def publish_job(self, message: JobMessage) -> None:
@@ -163,6 +178,8 @@ class Broker:
 
     def generation(self) -> str:
         """The value of GENERATION_KEY, made where it is missing. Raises BrokerUnavailable."""
+        import redis
+
         try:
             self._redis.set(GENERATION_KEY, secrets.token_hex(8), nx=True)
             return str(self._redis.get(GENERATION_KEY))
@@ -171,16 +188,26 @@ class Broker:
 
     def ping(self) -> None:
         """Raises BrokerUnavailable."""
+        import redis
+
         try:
             self._redis.ping()
         except redis.RedisError as error:
             raise BrokerUnavailable("Redis does not answer.") from error
 
+    def warm_up(self) -> None:
+        """Loads what the first message would; connects to nothing."""
+        _ = self._celery, self._redis
+
     def close(self) -> None:
-        self._celery.close()
-        self._redis.close()
+        for name in ("_celery", "_redis"):
+            if name in self.__dict__:
+                getattr(self, name).close()
 
     def _send(self, task: str, args: Sequence[str], queue_name: str, **limits: Any) -> None:
+        import redis
+        from kombu.exceptions import KombuError, OperationalError
+
         try:
             self._celery.send_task(task, args=list(args), queue=queue_name, ignore_result=True, **limits)
         except (KombuError, OperationalError, redis.RedisError, OSError) as error:

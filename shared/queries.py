@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -135,15 +136,17 @@ def delivery_view(delivery: Delivery) -> dict[str, Any]:
 
 def owned_job(session: Session, job_id: str, owner_key_id: str) -> Job:
     """The job, where it belongs to this key. Raises NotFound, the same for a stranger's job as for none at all."""
-    job = session.scalar(_OWNED_JOB, {"job_id": job_id, "owner_key_id": owner_key_id})
+    job = session.scalar(_owned_job(), {"job_id": job_id, "owner_key_id": owner_key_id})
     if job is None:
         raise NotFound("There is no such job.")
     return job
 
 
-# Here and below, what each submit and each poll ask is put together once: SQLAlchemy takes longer to build and compare
-# a statement than SQLite takes to answer it.
-_OWNED_JOB = select(Job).where(Job.id == bindparam("job_id"), Job.owner_key_id == bindparam("owner_key_id"))
+# Here and below, what each submit and each poll ask is put together once: SQLAlchemy takes longer to build a statement
+# than SQLite to answer it. Once, but not while modules load: the first statement has every row's mapper made.
+@functools.cache
+def _owned_job() -> Select[Job]:
+    return select(Job).where(Job.id == bindparam("job_id"), Job.owner_key_id == bindparam("owner_key_id"))
 
 
 def any_job(session: Session, job_id: str) -> Job:
@@ -169,12 +172,14 @@ def queue_position(session: Session, job: Job) -> int | None:
     """1 for the queued job that is next on its queue; None for a job that is not queued."""
     if job.state != JobState.QUEUED:
         return None
-    return (session.scalar(_AHEAD, {"queue": job.queue, "job_id": job.id}) or 0) + 1
+    return (session.scalar(_ahead(), {"queue": job.queue, "job_id": job.id}) or 0) + 1
 
 
-_AHEAD = select(func.count()).where(
-    Job.state == JobState.QUEUED, Job.queue == bindparam("queue"), Job.id < bindparam("job_id")
-)
+@functools.cache
+def _ahead() -> Select[int]:
+    return select(func.count()).where(
+        Job.state == JobState.QUEUED, Job.queue == bindparam("queue"), Job.id < bindparam("job_id")
+    )
 
 
 @dataclass(frozen=True)
@@ -193,27 +198,26 @@ class Pulse:
 
 def pulse(session: Session, job_id: str, owner_key_id: str) -> Pulse:
     """One SELECT, whatever the queue's length. Raises NotFound as `owned_job` does."""
-    row = session.execute(_PULSE, {"job_id": job_id, "owner_key_id": owner_key_id}).one_or_none()
+    row = session.execute(_pulse(), {"job_id": job_id, "owner_key_id": owner_key_id}).one_or_none()
     if row is None:
         raise NotFound("There is no such job.")
     return Pulse(row.version, JobState(row.state), row.cancel_requested_at is not None, row.queue_position)
 
 
-_other = aliased(Job)
-_PULSE = select(
-    Job.version,
-    Job.state,
-    Job.cancel_requested_at,
-    case(
-        (
-            Job.state == JobState.QUEUED,
-            select(func.count())
-            .where(_other.state == JobState.QUEUED, _other.queue == Job.queue, _other.id < Job.id)
-            .scalar_subquery()
-            + 1,
-        )
-    ).label("queue_position"),
-).where(Job.id == bindparam("job_id"), Job.owner_key_id == bindparam("owner_key_id"))
+@functools.cache
+def _pulse() -> Select[int, JobState, datetime | None, int | None]:
+    other = aliased(Job)
+    ahead = (
+        select(func.count())
+        .where(other.state == JobState.QUEUED, other.queue == Job.queue, other.id < Job.id)
+        .scalar_subquery()
+    )
+    return select(
+        Job.version,
+        Job.state,
+        Job.cancel_requested_at,
+        case((Job.state == JobState.QUEUED, ahead + 1)).label("queue_position"),
+    ).where(Job.id == bindparam("job_id"), Job.owner_key_id == bindparam("owner_key_id"))
 
 
 Ts = TypeVarTuple("Ts")
@@ -437,19 +441,21 @@ def gpu_is_alive(session: Session, *, worker_lost_after_seconds: float, now: dat
     """A live GPU worker serves the gpu queues: `auto` jobs go there. Asked at each submit, so of SQL and without rows:
     those carry all that their processes have counted."""
     since = now - timedelta(seconds=worker_lost_after_seconds)
-    return session.scalar(_A_LIVE_GPU, {"since": since}) is not None
+    return session.scalar(_live_gpu(), {"since": since}) is not None
 
 
-_A_LIVE_GPU = (
-    select(Worker.id)
-    .where(
-        Worker.device == "gpu",
-        Worker.stopped_at.is_(None),
-        Worker.drained_at.is_(None),
-        Worker.seen_at > bindparam("since"),
+@functools.cache
+def _live_gpu() -> Select[str]:
+    return (
+        select(Worker.id)
+        .where(
+            Worker.device == "gpu",
+            Worker.stopped_at.is_(None),
+            Worker.drained_at.is_(None),
+            Worker.seen_at > bindparam("since"),
+        )
+        .limit(1)
     )
-    .limit(1)
-)
 
 
 def image_queue(device: str, priority: str, *, gpu_alive: bool) -> str:

@@ -119,7 +119,7 @@ def a_job_in(state: JobState, session: Session, key: ApiKey | str, now: datetime
     return job, claim
 
 
-def many_jobs(session: Session, key: ApiKey, count: int, *, now: datetime, queued: float = 0.02) -> list[str]:
+def many_jobs(session: Session, key: ApiKey | str, count: int, *, now: datetime, queued: float = 0.02) -> list[str]:
     """A week of work, in a few statements: that share of it `queued`, of the rest nine in ten succeeded. Copies of a
     job that was handed in. Returns the ids in the order of their making; the last job is a queued one."""
     chance = random.Random(5)

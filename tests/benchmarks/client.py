@@ -69,7 +69,8 @@ def load(asked: dict[str, Any]) -> dict[str, Any]:
         with socket.create_connection(("127.0.0.1", asked["port"]), timeout=60) as connection:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             number = first
-            while (sent_at := time.perf_counter()) < ends_at:
+            # Twice at least: of a machine too busy for that in time there still are figures.
+            while (sent_at := time.perf_counter()) < ends_at or number < first + 2:
                 status, body = answer_to(connection, request_of(asked, picture, number))
                 seconds.append(time.perf_counter() - sent_at)
                 if status != asked["status"]:

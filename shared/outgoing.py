@@ -120,9 +120,7 @@ class GuardedClient:
         try:
             with (
                 deadline,
-                httpx.Client(
-                    verify=_tls(), trust_env=False, follow_redirects=False, timeout=timeout_seconds
-                ) as client,
+                httpx.Client(verify=_tls(), trust_env=False, follow_redirects=False, timeout=timeout_seconds) as client,
                 client.stream(
                     method,
                     target,

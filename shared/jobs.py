@@ -17,13 +17,14 @@ the job is unchanged once the caller's transaction has rolled back.
 
 from __future__ import annotations
 
+import functools
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, Select, delete, exists, func, insert, literal, or_, select, update
+from sqlalchemy import ColumnElement, Row, Select, bindparam, delete, exists, func, insert, literal, or_, select, update
 from sqlalchemy.orm import Session
 
 from shared import deliveries, queries
@@ -151,7 +152,7 @@ def submit(
 
     Raises QueueFull where the key has `max_queued_jobs` waiting already.
     """
-    waiting = session.scalar(select(func.count()).where(Job.owner_key_id == owner_key_id, Job.state == JobState.QUEUED))
+    waiting = session.scalar(_waiting(), {"owner_key_id": owner_key_id})
     if (waiting or 0) >= max_queued_jobs:
         raise QueueFull(
             f"This key has {waiting} queued jobs; at most {max_queued_jobs} may wait. Try again when some have run.",
@@ -203,6 +204,11 @@ def submit(
     session.add(job)
     session.flush()
     return job
+
+
+@functools.cache
+def _waiting() -> Select[int]:
+    return select(func.count()).where(Job.owner_key_id == bindparam("owner_key_id"), Job.state == JobState.QUEUED)
 
 
 def claim(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Generic, TypeVar, TypeVarTuple
 
-from sqlalchemy import Row, Select, and_, case, func, or_, select, tuple_
+from sqlalchemy import Row, Select, and_, bindparam, case, func, or_, select, tuple_
 from sqlalchemy.orm import Session, aliased
 
 from shared.errors import InvalidRequest, NotFound
@@ -135,10 +136,17 @@ def delivery_view(delivery: Delivery) -> dict[str, Any]:
 
 def owned_job(session: Session, job_id: str, owner_key_id: str) -> Job:
     """The job, where it belongs to this key. Raises NotFound, the same for a stranger's job as for none at all."""
-    job = session.scalar(select(Job).where(Job.id == job_id, Job.owner_key_id == owner_key_id))
+    job = session.scalar(_owned_job(), {"job_id": job_id, "owner_key_id": owner_key_id})
     if job is None:
         raise NotFound("There is no such job.")
     return job
+
+
+# Here and below, what each submit and each poll ask is put together once: SQLAlchemy takes longer to build a statement
+# than SQLite to answer it. Once, but not while modules load: the first statement has every row's mapper made.
+@functools.cache
+def _owned_job() -> Select[Job]:
+    return select(Job).where(Job.id == bindparam("job_id"), Job.owner_key_id == bindparam("owner_key_id"))
 
 
 def any_job(session: Session, job_id: str) -> Job:
@@ -167,14 +175,18 @@ def queue_position(session: Session, job: Job) -> int | None:
     """
     if job.state != JobState.QUEUED:
         return None
-    ahead = session.scalar(
-        select(func.count()).where(
-            Job.state == JobState.QUEUED,
-            Job.queue == job.queue,
-            tuple_(Job.start_tag_px, Job.id) < tuple_(job.start_tag_px, job.id),
-        )
+    place = {"queue": job.queue, "start_tag_px": job.start_tag_px, "job_id": job.id}
+    return (session.scalar(_ahead(), place) or 0) + 1
+
+
+@functools.cache
+def _ahead() -> Select[int]:
+    return select(func.count()).where(
+        Job.state == JobState.QUEUED,
+        Job.queue == bindparam("queue"),
+        tuple_(Job.start_tag_px, Job.id)
+        < tuple_(bindparam("start_tag_px", type_=Job.start_tag_px.type), bindparam("job_id")),
     )
-    return (ahead or 0) + 1
 
 
 def start_tag_px(session: Session, owner_key_id: str, queue: str) -> int:
@@ -224,6 +236,14 @@ class Pulse:
 
 def pulse(session: Session, job_id: str, owner_key_id: str) -> Pulse:
     """One SELECT, whatever the queue's length. Raises NotFound as `owned_job` does."""
+    row = session.execute(_pulse(), {"job_id": job_id, "owner_key_id": owner_key_id}).one_or_none()
+    if row is None:
+        raise NotFound("There is no such job.")
+    return Pulse(row.version, JobState(row.state), row.cancel_requested_at is not None, row.queue_position)
+
+
+@functools.cache
+def _pulse() -> Select[int, JobState, datetime | None, int | None]:
     other = aliased(Job)
     ahead = (
         select(func.count())
@@ -234,17 +254,12 @@ def pulse(session: Session, job_id: str, owner_key_id: str) -> Pulse:
         )
         .scalar_subquery()
     )
-    row = session.execute(
-        select(
-            Job.version,
-            Job.state,
-            Job.cancel_requested_at,
-            case((Job.state == JobState.QUEUED, ahead + 1)).label("queue_position"),
-        ).where(Job.id == job_id, Job.owner_key_id == owner_key_id)
-    ).one_or_none()
-    if row is None:
-        raise NotFound("There is no such job.")
-    return Pulse(row.version, JobState(row.state), row.cancel_requested_at is not None, row.queue_position)
+    return select(
+        Job.version,
+        Job.state,
+        Job.cancel_requested_at,
+        case((Job.state == JobState.QUEUED, ahead + 1)).label("queue_position"),
+    ).where(Job.id == bindparam("job_id"), Job.owner_key_id == bindparam("owner_key_id"))
 
 
 Ts = TypeVarTuple("Ts")
@@ -465,10 +480,23 @@ def counts_by_state(session: Session) -> dict[str, int]:
 
 
 def gpu_is_alive(session: Session, *, worker_lost_after_seconds: float, now: datetime) -> bool:
-    """A live GPU worker serves the gpu queues: `auto` jobs go there."""
-    return any(
-        worker.device == "gpu"
-        for worker in serving_workers(session, worker_lost_after_seconds=worker_lost_after_seconds, now=now)
+    """A live GPU worker serves the gpu queues: `auto` jobs go there. Asked at each submit, so of SQL and without rows:
+    those carry all that their processes have counted."""
+    since = now - timedelta(seconds=worker_lost_after_seconds)
+    return session.scalar(_live_gpu(), {"since": since}) is not None
+
+
+@functools.cache
+def _live_gpu() -> Select[str]:
+    return (
+        select(Worker.id)
+        .where(
+            Worker.device == "gpu",
+            Worker.stopped_at.is_(None),
+            Worker.drained_at.is_(None),
+            Worker.seen_at > bindparam("since"),
+        )
+        .limit(1)
     )
 
 

@@ -36,14 +36,17 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from shared.errors import EnlargerError, InternalError, InvalidImage, Unavailable, UploadRejected
-from shared.telemetry import log
+
+if TYPE_CHECKING:
+    from structlog.stdlib import BoundLogger
 
 Task = Callable[..., Any]
 """Called in the child as `task(file, output, **arguments)`: two binary files, the first read-only, the second empty and
-only to be written. What it returns goes home as JSON. A module names its tasks in `SANDBOXED`."""
+only to be written. What it returns goes home as JSON. A module names its tasks in `SANDBOXED`; where it has a function
+`warm_up`, the warm process calls it once, before it makes children."""
 
 START_SECONDS = 60.0
 """Importing the decoders takes half a second on a machine that has nothing else to do."""
@@ -144,7 +147,7 @@ class Sandbox:
                 return
             except OSError:
                 # It has died since it was last asked: another takes its place, once.
-                log.warning("sandbox.lost", module=self._module)
+                _log().warning("sandbox.lost", module=self._module)
                 with self._lock:
                     if self._control is control:
                         self._stop()
@@ -214,6 +217,13 @@ class Sandbox:
             self._process = None
 
 
+def _log() -> BoundLogger:
+    # Not at the top: the warm process is this module too, and every child pays for each megabyte it holds.
+    from shared.telemetry import log
+
+    return log
+
+
 @contextlib.contextmanager
 def _read_only(file: BinaryIO) -> Iterator[int]:
     """A descriptor of the file's content with a position of its own, which cannot be written by."""
@@ -272,7 +282,7 @@ def _believed(said: Mapping[str, Any], exit_code: int) -> Any:
         if said.get("error") == kind.__name__:
             facts = said.get("facts")
             raise _rebuilt(kind, str(said.get("detail"))[:1000], facts if isinstance(facts, dict) else {})
-    log.error("sandbox.fault", fault=str(said.get("fault"))[:4000])
+    _log().error("sandbox.fault", fault=str(said.get("fault"))[:4000])
     raise InternalError("Reading the picture failed in a way nobody foresaw.")
 
 
@@ -405,7 +415,10 @@ def main() -> None:
     # A terminal's ^C and a supervisor's notice go to the whole group; this process ends when its owner does.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
-    tasks: Mapping[str, Task] = importlib.import_module(module).SANDBOXED
+    named = importlib.import_module(module)
+    tasks: Mapping[str, Task] = named.SANDBOXED
+    if hasattr(named, "warm_up"):
+        named.warm_up()
     # What is there already is never collected, so that children do not copy its pages.
     gc.collect()
     gc.freeze()

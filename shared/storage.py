@@ -8,27 +8,28 @@ them: thumbnails (`shared.thumbnails`), `.../preview-<attempt>/*` (`shared.previ
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, partial
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import quote, urlsplit
-
-import boto3
-from boto3.s3.transfer import TransferConfig
-from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
-from s3transfer.exceptions import RetriesExceededError
 
 from shared.errors import BlobMissing, DiskFull, StorageUnavailable
 from shared.settings import Settings
 from shared.telemetry import tallies
 
+if TYPE_CHECKING:
+    import boto3
+
 # Below this one PUT; above, a multipart upload whose parts go up while the next is read.
 MULTIPART_BYTES = 16 * 1024 * 1024
+# Up to this a blob is read whole and sent at once: most of the pictures that are handed in, and all small ones beside
+# results.
+ONE_GULP_BYTES = 1024 * 1024
 STREAM_CHUNK_BYTES = 256 * 1024
 _THIS_MACHINE = frozenset({"localhost", "127.0.0.1", "::1"})
 _MISSING_CODES = frozenset({"404", "NoSuchKey", "NotFound"})
@@ -50,6 +51,10 @@ class Storage:
 
     def __init__(self, settings: Settings, *, silence_seconds: float | None = None, tries: int = 3) -> None:
         """`silence_seconds` (None: the setting) ends a try, and `tries` are made: how long a caller can be held."""
+        # Not at the top, here and below: what names a Storage and makes none is spared a tenth of a second.
+        from boto3.s3.transfer import TransferConfig
+        from botocore.config import Config
+
         silence_seconds = silence_seconds or settings.storage_timeout_seconds
         self.bucket = settings.storage_bucket
         self._link_seconds = settings.presigned_link_seconds
@@ -58,6 +63,8 @@ class Storage:
             read_timeout=silence_seconds,
             retries={"mode": "standard", "total_max_attempts": tries},
             max_pool_connections=50,
+            # boto3's own is put together anew for each request, which takes longer than to sign it.
+            user_agent="enlarger",
             signature_version="s3v4",
             # Path style: an embedded or self-hosted server has no wildcard DNS for its buckets.
             s3={"addressing_style": "path"} if settings.storage_endpoint_url else {},
@@ -89,6 +96,8 @@ class Storage:
 
     def ensure_bucket(self) -> None:
         """Makes the bucket where it is missing."""
+        from botocore.exceptions import ClientError
+
         with _translated():
             try:
                 self._client.head_bucket(Bucket=self.bucket)
@@ -110,6 +119,13 @@ class Storage:
         `on_bytes` hears of each chunk sent, from other threads.
         """
         with _translated(key):
+            head = file.read(ONE_GULP_BYTES + 1) if on_bytes is None else None
+            if head is not None and len(head) <= ONE_GULP_BYTES:
+                # In this thread: handing it to boto3's costs more than the request itself.
+                self._client.put_object(Bucket=self.bucket, Key=key, Body=head, ContentType=content_type)
+                return
+            if head is not None:
+                file.seek(-len(head), os.SEEK_CUR)
             self._client.upload_fileobj(
                 _LeftOpen(file),
                 self.bucket,
@@ -242,6 +258,8 @@ def content_disposition(disposition: str, file_name: str) -> str:
 @cache
 def _sdk() -> boto3.session.Session:
     """Each of boto3's sessions reads its descriptions of services anew, 0.1 s: one for all clients of the process."""
+    import boto3
+
     return boto3.session.Session()
 
 
@@ -257,6 +275,10 @@ def _request_ends(context: dict[str, Any], model: Any, **_: Any) -> None:
 
 @contextmanager
 def _translated(key: str = "") -> Iterator[None]:
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError
+    from s3transfer.exceptions import RetriesExceededError
+
     try:
         yield
     except ClientError as error:
@@ -264,7 +286,7 @@ def _translated(key: str = "") -> Iterator[None]:
         if code in _MISSING_CODES:
             raise BlobMissing("There is no such blob.", key=key) from error
         raise StorageUnavailable(f"Object storage refused: {code}.", retry_after_seconds=5) from error
-    except (BotoCoreError, boto3.exceptions.Boto3Error, RetriesExceededError, OSError) as error:
+    except (BotoCoreError, Boto3Error, RetriesExceededError, OSError) as error:
         # What is fetched is written to a file of this host.
         if isinstance(error, OSError) and error.errno in DiskFull.ERRNOS:
             raise DiskFull from error

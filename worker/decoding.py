@@ -205,3 +205,4 @@ def _warmed() -> Mapping[str, Task]:
 
 
 SANDBOXED: Mapping[str, Task] = _warmed()
+warm_up = pictures.warm_up

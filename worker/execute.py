@@ -7,7 +7,6 @@ lives by its lease: progress renews it, silence lets it pass, and who has lost i
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import shutil
@@ -54,6 +53,7 @@ from worker.decoding import Sandboxed
 from worker.enlarging import Engine, Enlarged, Onlooker, Progress, Wanted
 from worker.networks import own
 from worker.previews import Previews
+from worker.storing import Storing
 from worker.thumbnails import Thumbnails
 from worker.trace import Trace
 from worker.usage import Usage
@@ -477,28 +477,27 @@ class Executor:
     def _work(self, claim: Claim, job: Job, queued_seconds: float, device: str, lifeline: Lifeline) -> JobResult:
         """From the stored input to the stored result. Raises whatever goes wrong."""
         format = format_named(job.format)
+        # Named after the attempt: a worker that wakes up after a rescue must not overwrite the winner's result.
+        key = f"{job.blob_prefix}/result-{claim.attempt}{format.extension}"
         with (
             scratch_folder() as folder,
             tempfile.TemporaryFile(dir=folder) as source,
             Thumbnails(self._storage, job.blob_prefix, claim.attempt) as thumbnails,
             Previews(self._storage, job.blob_prefix, claim.attempt) as previews,
+            Storing(
+                self._storage, key, target := folder / f"result{format.extension}", format, on_bytes=lifeline.sent
+            ) as result,
         ):
             started = time.monotonic()
             lifeline.begins("fetch", expected_seconds=job.input_bytes / STORE_BYTES_PER_SECOND)
             self._storage.get(job.input_key, cast(BinaryIO, source))
             fetched = time.monotonic()
-            target = folder / f"result{format.extension}"
-            made = self._made(job, device, cast(BinaryIO, source), target, lifeline, thumbnails, previews)
+            made = self._made(job, device, cast(BinaryIO, source), target, lifeline, thumbnails, previews, result)
 
             storing = time.monotonic()
             lifeline.begins("store", expected_seconds=made.bytes / STORE_BYTES_PER_SECOND)
-            thumbnails.store_result()
-            # Named after the attempt: a worker that wakes up after a rescue must not overwrite the winner's result.
-            key = f"{job.blob_prefix}/result-{claim.attempt}{format.extension}"
-            with target.open("rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-                file.seek(0)
-                self._storage.put(key, file, format.mime_type, on_bytes=lifeline.sent)
+            with thumbnails.storing_result():
+                sha256 = result.finish()
             lifeline.raise_if_stale()
         timings = {
             "queued_seconds": queued_seconds,

@@ -87,6 +87,11 @@ class Previews:
         """Result px to one px of the preview, each way."""
         return max(1, -(-self._width // LONGEST_WIDTH_PX), -(-self._height // LONGEST_HEIGHT_PX))
 
+    def end(self) -> None:
+        """No more rows come: what has not been stored by now may be left out. Does not wait."""
+        self._ended.set()
+        self._waiting.put(None)
+
     def __enter__(self) -> Self:
         self._thread.start()
         return self
@@ -94,8 +99,7 @@ class Previews:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._ended.set()
-        self._waiting.put(None)
+        self.end()
         self._thread.join(LAST_WAIT_SECONDS)
 
     def _run(self) -> None:

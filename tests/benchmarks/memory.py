@@ -1,6 +1,6 @@
 """What memory a large picture takes: an image worker's peak over its idle level, by network, format and size.
 
-    python -m tests.benchmarks.memory [--megapixels 12,24,48] [--models lanczos,fsrcnn] [--formats png,tiff] [--json F]
+    python -m tests.benchmarks.memory [--megapixels 12,24,48] [--models srgan,lanczos] [--formats png,tiff] [--json F]
 
 Each figure comes from a fresh process that is a whole image worker (decoder in its sandbox, SQL, real S3) and makes one
 attempt at one job, after a tiny one of the same kind. The peak is the kernel's own (VmHWM), set back before the job, so
@@ -50,8 +50,8 @@ STOP_AFTER_SECONDS = 60.0
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the memory that large pictures take.")
     parser.add_argument("--megapixels", default="12,24,48", help="sizes of the inputs")
-    parser.add_argument("--models", default="lanczos,fsrcnn", help="the networks")
-    parser.add_argument("--formats", default="png,tiff,jpeg", help="of the results")
+    parser.add_argument("--models", default="srgan,lanczos", help="the networks")
+    parser.add_argument("--formats", default="png,jpeg", help="of the results")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=STOP_AFTER_SECONDS, help="longest that a network may run")
     parser.add_argument("--tile-px", type=int, default=0, help="longest side of a tile; 0 plans as the service does")
@@ -77,8 +77,8 @@ def main() -> None:
 def measure(
     *,
     megapixels: Sequence[float] = (12, 24, 48),
-    models: Sequence[str] = ("lanczos", "fsrcnn"),
-    formats: Sequence[str] = ("png", "tiff", "jpeg"),
+    models: Sequence[str] = ("srgan", "lanczos"),
+    formats: Sequence[str] = ("png", "jpeg"),
     rounds: int = 1,
     stop_after_seconds: float = STOP_AFTER_SECONDS,
     tile_px: int = 0,

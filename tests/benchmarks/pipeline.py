@@ -60,7 +60,6 @@ def measure(*, jobs: int = 50, model: str = "srgan", torch_threads: int = 0) -> 
     """
     pictures = [_picture(number) for number in range(jobs)]
     with tempfile.TemporaryDirectory(prefix="enlarger-pipeline-") as folder:
-        # Thousands of requests a minute from one key are this measurement's own.
         settings = Settings(
             data_dir=Path(folder), worker_device="cpu", torch_threads=torch_threads, log_level="warning"
         )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Generic, TypeVar, TypeVarTuple
 
-from sqlalchemy import Row, Select, and_, bindparam, case, func, or_, select, tuple_
+from sqlalchemy import Row, Select, and_, bindparam, case, exists, func, or_, select, tuple_
 from sqlalchemy.orm import Session, aliased
 
 from shared.errors import InvalidRequest, NotFound
@@ -451,6 +451,34 @@ def serving_workers(session: Session, *, worker_lost_after_seconds: float, now: 
     """Live worker processes that take jobs: not drained."""
     alive = live_workers(session, worker_lost_after_seconds=worker_lost_after_seconds, now=now)
     return [worker for worker in alive if worker.drained_at is None]
+
+
+def likely_next(
+    session: Session, queues: Sequence[str], *, worker_id: str, worker_lost_after_seconds: float, now: datetime
+) -> Job | None:
+    """The job that this worker will probably be sent next: the first of its first queue that holds any.
+
+    A guess, for work that may be in vain. None where nothing waits, or where another worker serves one of the queues:
+    who of them will be sent which job is the broker's to say.
+    """
+    for worker in serving_workers(session, worker_lost_after_seconds=worker_lost_after_seconds, now=now):
+        if worker.id != worker_id and not set(queues).isdisjoint(worker.queues):
+            return None
+    for queue in queues:
+        job = session.scalar(
+            select(Job)
+            .where(
+                Job.state == JobState.QUEUED,
+                Job.queue == queue,
+                or_(Job.run_after.is_(None), Job.run_after <= now),
+                ~exists().where(QueuePause.queue == Job.queue),
+            )
+            .order_by(Job.start_tag_px, Job.id)
+            .limit(1)
+        )
+        if job is not None:
+            return job
+    return None
 
 
 def tallies(session: Session, *, now: datetime, within_seconds: float = 600) -> Sequence[Row[Any]]:

@@ -30,6 +30,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -50,6 +51,8 @@ only to be written. What it returns goes home as JSON. A module names its tasks 
 
 START_SECONDS = 60.0
 """Importing the decoders takes half a second on a machine that has nothing else to do."""
+KEPT_IN_MEMORY_BYTES = 32 * 2**20
+"""What a child has written stays in memory up to this; more goes to disk."""
 _REQUEST_BYTES = 64 * 1024
 _ANSWER_BYTES = 2**20
 _CHILD_FILES = 64
@@ -102,11 +105,11 @@ class Sandbox:
             self._start()
 
     def run(self, task: str, file: BinaryIO, limits: Limits, **arguments: Any) -> tuple[Any, mmap.mmap | None]:
-        """What the task answered, and what it wrote: mapped, not copied; None where that is nothing.
+        """What the task answered, and what it wrote: mapped; None where that is nothing.
 
         `file` is seekable; its position does not matter and is 0 afterwards. Raises UploadRejected where the task did,
         InvalidImage where the child died of the file, InternalError for a fault of ours in the task, Unavailable where
-        no answer came in time or there is no warm process.
+        no answer came in time or there is no warm process, OSError where the disk has no room for what it wrote.
         """
         output_fd = os.memfd_create("enlarger-output", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
@@ -252,10 +255,20 @@ def _read_only(file: BinaryIO) -> Iterator[int]:
 
 
 def _mapped(fd: int) -> mmap.mmap | None:
-    """The output, its size sealed first: a child that lives on against all rules cannot pull it away from under us."""
+    """The output, its size sealed first: a child that lives on against all rules cannot pull it away from under us.
+
+    A large one moves to a file of this process on disk, without a name: what nobody looks at is then the kernel's cache
+    and no memory of ours. Raises OSError where there is no room for it.
+    """
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
     size = os.fstat(fd).st_size
-    return mmap.mmap(fd, size) if size else None
+    if size <= KEPT_IN_MEMORY_BYTES:
+        return mmap.mmap(fd, size) if size else None
+    with tempfile.TemporaryFile() as file:
+        moved = 0
+        while moved < size:
+            moved += os.sendfile(file.fileno(), fd, moved, size - moved)
+        return mmap.mmap(file.fileno(), size)
 
 
 def _object(line: bytes) -> dict[str, Any]:

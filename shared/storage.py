@@ -135,6 +135,12 @@ class Storage:
                 Config=self._transfer,
             )
 
+    def begin(self, key: str, content_type: str) -> Upload:
+        """A blob that is sent in parts while it is still being made. Nobody sees it before `Upload.complete`."""
+        with _translated(key):
+            answer = self._client.create_multipart_upload(Bucket=self.bucket, Key=key, ContentType=content_type)
+        return Upload(self._client, self.bucket, key, answer["UploadId"])
+
     def get(self, key: str, file: BinaryIO) -> None:
         """Writes the blob to `file`."""
         with _translated(key):
@@ -234,6 +240,35 @@ class Storage:
     def close(self) -> None:
         self._client.close()
         self._signer.close()
+
+
+class Upload:
+    """A multipart upload under way. One thread at a time; every method raises StorageUnavailable.
+
+    One that is neither completed nor aborted leaves its parts behind, which `Storage.abort_uploads` finds.
+    """
+
+    def __init__(self, client: Any, bucket: str, key: str, upload_id: str) -> None:
+        self._client = client
+        self._where = {"Bucket": bucket, "Key": key, "UploadId": upload_id}
+        self._etags: list[str] = []
+
+    def send(self, part: bytes) -> None:
+        """The next part: MULTIPART_BYTES, or less where it is the last."""
+        with _translated(self._where["Key"]):
+            answer = self._client.upload_part(**self._where, PartNumber=len(self._etags) + 1, Body=part)
+        self._etags.append(answer["ETag"])
+
+    def complete(self) -> None:
+        """The parts become the blob, at once and whole."""
+        parts = [{"PartNumber": number, "ETag": etag} for number, etag in enumerate(self._etags, 1)]
+        with _translated(self._where["Key"]):
+            self._client.complete_multipart_upload(**self._where, MultipartUpload={"Parts": parts})
+
+    def abort(self) -> None:
+        """The parts go."""
+        with _translated(self._where["Key"]):
+            self._client.abort_multipart_upload(**self._where)
 
 
 class _LeftOpen:

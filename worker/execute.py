@@ -7,7 +7,6 @@ lives by its lease: progress renews it, silence lets it pass, and who has lost i
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import shutil
@@ -26,7 +25,7 @@ import structlog
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from shared import jobs, own_models, workers
+from shared import jobs, own_models, queries, workers
 from shared.catalog import ModelCard
 from shared.db import Database, clock
 from shared.errors import (
@@ -50,10 +49,12 @@ from shared.telemetry import log, tallies
 from shared.traces import Phases, Traces
 from shared.workers import Presence
 from worker import contact_sheet, upscale
+from worker.ahead import Ahead
 from worker.decoding import Sandboxed
 from worker.enlarging import Engine, Enlarged, Onlooker, Progress, Wanted
 from worker.networks import own
 from worker.previews import Previews
+from worker.storing import Storing
 from worker.thumbnails import Thumbnails
 from worker.trace import Trace
 from worker.usage import Usage
@@ -315,9 +316,11 @@ class Executor:
         decoder: Sandboxed | None = None,
         traces: Traces | None = None,
         own_cards: Sequence[ModelCard] = (),
+        ahead: Ahead | None = None,
     ) -> None:
         """`engines` by the contract's word for their device: `cpu`, and `gpu` where there is one. `decoder`: theirs,
-        closed with this. `own_cards`: models of its own that it offers to everybody."""
+        closed with this. `own_cards`: models of its own that it offers to everybody. `ahead`: the engines' decoder too,
+        where pictures are to be decoded ahead."""
         self.must_end = False
         """No further attempt may be made in this process: its device is broken, or it has been told to exit."""
         self.set_limit: Callable[[float], object] = lambda _seconds: None
@@ -325,6 +328,7 @@ class Executor:
         self._database, self._storage, self._settings = database, storage, settings
         self._engines = engines
         self._decoder = decoder
+        self._ahead = ahead
         self._traces = traces or Traces("", "images")
         self._stopping = threading.Event()
         self._lifeline: Lifeline | None = None
@@ -357,14 +361,26 @@ class Executor:
         # It warms up while the network does.
         decoder.sandbox.start()
         own_cards = _own_models(settings)
-        engines = {kind: Engine.of(settings, device, decoder, own_cards)}
-        engines.setdefault("cpu", Engine.of(settings, "cpu", decoder, own_cards))
+        facts = workers.this_process("images", queues=queues, device=kind, device_name=_device_name(kind))
+        database, storage = Database(settings.sqlalchemy_url), Storage(settings)
+
+        def next_job() -> Job | None:
+            with database.reading() as session:
+                return queries.likely_next(
+                    session,
+                    queues,
+                    worker_id=facts.id,
+                    worker_lost_after_seconds=settings.worker_lost_after_seconds,
+                    now=clock(session),
+                )
+
+        ahead = Ahead(decoder, storage, next_job)
+        engines = {kind: Engine.of(settings, device, ahead, own_cards)}
+        engines.setdefault("cpu", Engine.of(settings, "cpu", ahead, own_cards))
         engines[kind].warm_up()
         sweep_scratch()
-        facts = workers.this_process("images", queues=queues, device=kind, device_name=_device_name(kind))
         traces = Traces(settings.traces_url, "images")
-        database = Database(settings.sqlalchemy_url)
-        executor = cls(database, Storage(settings), settings, engines, facts, decoder, traces, own_cards)
+        executor = cls(database, storage, settings, engines, facts, decoder, traces, own_cards, ahead)
         executor.presence.start()
         log.info(
             "worker.ready",
@@ -511,28 +527,34 @@ class Executor:
     def _work(self, claim: Claim, job: Job, queued_seconds: float, device: str, lifeline: Lifeline) -> JobResult:
         """From the stored input to the stored result. Raises whatever goes wrong."""
         format = format_named(job.format)
+        # Named after the attempt: a worker that wakes up after a rescue must not overwrite the winner's result.
+        key = f"{job.blob_prefix}/result-{claim.attempt}{format.extension}"
+        started = time.monotonic()
+        lifeline.begins("fetch", expected_seconds=job.input_bytes / STORE_BYTES_PER_SECOND)
+        ready = None if self._ahead is None else self._ahead.take(job.id)
         with (
             scratch_folder() as folder,
-            tempfile.TemporaryFile(dir=folder) as source,
+            ready or cast(BinaryIO, tempfile.TemporaryFile(dir=folder)) as source,
             Thumbnails(self._storage, job.blob_prefix, claim.attempt) as thumbnails,
             Previews(self._storage, job.blob_prefix, claim.attempt) as previews,
+            Storing(
+                self._storage, key, target := folder / f"result{format.extension}", format, on_bytes=lifeline.sent
+            ) as result,
         ):
-            started = time.monotonic()
-            lifeline.begins("fetch", expected_seconds=job.input_bytes / STORE_BYTES_PER_SECOND)
-            self._storage.get(job.input_key, cast(BinaryIO, source))
+            if ready is None:
+                self._storage.get(job.input_key, source)
             fetched = time.monotonic()
-            target = folder / f"result{format.extension}"
-            made = self._made(job, device, cast(BinaryIO, source), target, lifeline, thumbnails, previews)
+            onlookers: list[Onlooker] = [thumbnails, previews, result]
+            if self._ahead is not None and not self._stopping.is_set():
+                onlookers.append(self._ahead)
+            made = self._made(job, device, source, target, lifeline, *onlookers)
 
             storing = time.monotonic()
             lifeline.begins("store", expected_seconds=made.bytes / STORE_BYTES_PER_SECOND)
-            thumbnails.store_result()
-            # Named after the attempt: a worker that wakes up after a rescue must not overwrite the winner's result.
-            key = f"{job.blob_prefix}/result-{claim.attempt}{format.extension}"
-            with target.open("rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-                file.seek(0)
-                self._storage.put(key, file, format.mime_type, on_bytes=lifeline.sent)
+            # Its thread ends while the result is stored, and is not waited for afterwards.
+            previews.end()
+            with thumbnails.storing_result():
+                sha256 = result.finish()
             lifeline.raise_if_stale()
         timings = {
             "queued_seconds": queued_seconds,

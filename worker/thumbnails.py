@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import io
 import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -60,9 +63,14 @@ class Thumbnails:
             self._rows.append(rows[first :: self._every, :: self._every].copy())
         self._y_px += len(rows)
 
-    def store_result(self) -> None:
-        """Stores the result's thumbnail, once every row has been seen. Raises StorageUnavailable."""
-        self._put("result", np.concatenate(self._rows))
+    @contextmanager
+    def storing_result(self) -> Iterator[None]:
+        """Stores the result's thumbnail while the block runs, once every row has been seen. Raises StorageUnavailable
+        at the block's end."""
+        with ThreadPoolExecutor(1, "thumbnail") as beside:
+            stored = beside.submit(lambda: self._put("result", np.concatenate(self._rows)))
+            yield
+            stored.result()
 
     def __enter__(self) -> Self:
         return self

@@ -47,6 +47,8 @@ from tests.conftest import little_room, wait_until
 from tests.factories import LEASE_SECONDS, a_claim, a_job, a_key, a_png, options
 from tests.worker import a_network
 from worker import execute
+from worker.ahead import Ahead
+from worker.decoding import Sandboxed
 from worker.enlarging import Engine, Progress
 from worker.execute import (
     Canceled,
@@ -231,6 +233,25 @@ def test_an_attempt_turns_a_queued_job_into_a_stored_result(
     assert job.labels is None
     assert bench.attempts(job_id) == ["succeeded"]
     assert bench.current_job_id is None
+
+
+def test_an_attempt_takes_the_picture_that_was_fetched_while_the_one_before_ran(bench: Bench) -> None:
+    decoder = Sandboxed(1_000_000)
+    first, second = bench.submit(), bench.submit()
+    ahead = Ahead(decoder, bench.storage, lambda: bench.job(second))
+    engines = {"cpu": Engine.of(bench.settings, "cpu", ahead)}
+    executor = Executor(
+        bench.database, bench.storage, bench.settings, engines, bench.executor.presence.facts, decoder, ahead=ahead
+    )
+    try:
+        assert isinstance(executor.run(first), Succeeded)
+        assert bench.job(second).state == JobState.QUEUED
+        wait_until(lambda: ahead._look is not None and ahead._look.ready, seconds=20, what="the next picture")
+        bench.storage.remove(bench.job(second).input_key)
+        assert isinstance(executor.run(second), Succeeded)
+    finally:
+        decoder.close()
+    assert bench.job(second).result_sha256 == bench.job(first).result_sha256
 
 
 def test_an_attempt_leaves_its_trace_and_both_thumbnails(bench: Bench) -> None:

@@ -39,7 +39,8 @@ class ImagesLoader(ProcessLoader):
 def run_job(self: Any, job_id: str) -> None:
     """One attempt at the job whose turn it is; nothing where there is nothing to claim."""
     executor: Executor = self.app.loader.executor
-    executor.run(job_id, self.request.delivery_info["routing_key"])
+    # Nothing is said of a message that Celery was not sent through a broker.
+    executor.run(job_id, (self.request.delivery_info or {}).get("routing_key"))
     if executor.must_end:
         # The pool starts a fresh process with a clean device in this one's place.
         raise SystemExit(1)

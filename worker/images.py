@@ -39,7 +39,7 @@ class ImagesLoader(ProcessLoader):
 def run_job(self: Any, job_id: str) -> None:
     """One attempt at the job whose turn it is; nothing where there is nothing to claim."""
     executor: Executor = self.app.loader.executor
-    # Nothing is said of a message that Celery was not sent through a broker.
+    # None where the task is called and was not sent.
     executor.run(job_id, (self.request.delivery_info or {}).get("routing_key"))
     if executor.must_end:
         # The pool starts a fresh process with a clean device in this one's place.

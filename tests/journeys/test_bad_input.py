@@ -179,11 +179,12 @@ def harness(
             "retry_delay_seconds": 0.0,
         }
     )
-    with running(roomy) as api, served(api.app) as url, sqlite_database.transaction() as session:
+    with running(roomy) as api, served(api.app) as url:
         # As a process of the service has it: warm before the first picture comes.
         inspect_in(api.context.sandbox, io.BytesIO(a_png()), max_px=MAX_INPUT_PX)
-        _, secret = keys.create(session, name="fuzz", scopes=["jobs"], now=datetime.now(UTC))
-        session.commit()
+        # Ended before anybody works: with SQLite one writes at a time.
+        with sqlite_database.transaction() as session:
+            _, secret = keys.create(session, name="fuzz", scopes=["jobs"], now=datetime.now(UTC))
         decoders = [Sandboxed(MAX_INPUT_PX) for _ in range(2)]
         made = Harness(url, secret, sqlite_database, decoders)
         with working(made, roomy, storage):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import random
 import socket
 import threading
 import time
@@ -116,15 +117,24 @@ def fetch(client: GuardedClient, url: str, *, limit_bytes: int = 1000, timeout_s
     return file.getvalue()
 
 
+def _listener() -> socket.socket:
+    """On a port below those that the system gives away: of these, another test's client may still try one that its
+    server had."""
+    is_dual = socket.has_dualstack_ipv6()
+    while True:
+        with suppress(OSError):
+            return socket.create_server(
+                ("::" if is_dual else "0.0.0.0", random.randrange(20_000, 30_000)),
+                family=socket.AF_INET6 if is_dual else socket.AF_INET,
+                dualstack_ipv6=is_dual,
+            )
+
+
 @pytest.fixture
 def canary() -> Iterator[tuple[int, Callable[[], int]]]:
     """A port that listens on every address of this machine, and how often somebody connected to it."""
     hits: list[Any] = []
-    with socket.create_server(
-        ("::", 0) if socket.has_dualstack_ipv6() else ("0.0.0.0", 0),
-        family=socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET,
-        dualstack_ipv6=socket.has_dualstack_ipv6(),
-    ) as listener:
+    with _listener() as listener:
         port = listener.getsockname()[1]
         stopping = threading.Event()
 

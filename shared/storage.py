@@ -1,16 +1,18 @@
 """Object storage through S3 (boto3), embedded or real. Vendor errors are translated here and nowhere else.
 
 Keys: `jobs/<id>/<128 random bits>/input`, `.../result-<attempt>.<ext>`, and `uploads/<id>/<128 random bits>`.
-The attempt in a result's key keeps a late worker from overwriting the winner's. What is made for looking lies beside
+The attempt in a result's key keeps a late worker from overwriting the winner's; so does the try in those of the parts
+of a shared job, `.../parts/<shard>-<try>` (`shared.shards`). What is made for looking lies beside
 them: thumbnails (`shared.thumbnails`), `.../preview-<attempt>/*` (`shared.previews`), `.../rendition-<n>.<ext>` and
 `.../zoom-<n>.zip` (`shared.renditions`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, partial
@@ -29,6 +31,8 @@ from shared.telemetry import tallies
 
 # Below this one PUT; above, a multipart upload whose parts go up while the next is read.
 MULTIPART_BYTES = 16 * 1024 * 1024
+LEAST_PART_BYTES = 5 * 1024 * 1024
+"""S3 takes no smaller part of a multipart upload, but for the last."""
 STREAM_CHUNK_BYTES = 256 * 1024
 _THIS_MACHINE = frozenset({"localhost", "127.0.0.1", "::1"})
 _MISSING_CODES = frozenset({"404", "NoSuchKey", "NotFound"})
@@ -152,6 +156,71 @@ class Storage:
         with _translated(key):
             answer = self._client.head_object(Bucket=self.bucket, Key=key)
         return BlobFacts(answer["ContentLength"], answer.get("ContentType", ""), answer["ETag"])
+
+    def join(
+        self,
+        key: str,
+        pieces: Sequence[bytes | str],
+        content_type: str,
+        *,
+        on_bytes: Callable[[int], None] = lambda _: None,
+    ) -> tuple[int, str]:
+        """Stores one blob made of `pieces`, each given as bytes or as the key of a blob. Returns its size and SHA-256.
+
+        Large blobs are copied within storage; all are read, for the hash. `on_bytes` hears of each chunk read.
+        """
+        digest, size = hashlib.sha256(), 0
+        held = bytearray()
+        names: dict[str, Any] = {"Bucket": self.bucket, "Key": key}
+        etags: list[str] = []
+
+        def numbered() -> dict[str, Any]:
+            return {**names, "PartNumber": len(etags) + 1}
+
+        def send() -> None:
+            etags.append(self._client.upload_part(**numbered(), Body=bytes(held))["ETag"])
+            held.clear()
+
+        with _translated(key):
+            names["UploadId"] = self._client.create_multipart_upload(**names, ContentType=content_type)["UploadId"]
+            try:
+                for piece in pieces:
+                    if isinstance(piece, bytes):
+                        digest.update(piece)
+                        size += len(piece)
+                        held += piece
+                        continue
+                    facts, chunks = self.stream(piece)
+                    # What is held must become a part before another can be copied: it takes the blob's beginning along.
+                    lead = max(0, LEAST_PART_BYTES - len(held)) if held else 0
+                    is_copied = facts.bytes - lead >= LEAST_PART_BYTES
+                    read = 0
+                    for chunk in chunks:
+                        digest.update(chunk)
+                        on_bytes(len(chunk))
+                        held += chunk[: max(0, lead - read)] if is_copied else chunk
+                        read += len(chunk)
+                        if not is_copied and len(held) >= MULTIPART_BYTES:
+                            send()
+                    size += read
+                    if is_copied:
+                        if held:
+                            send()
+                        copied = self._client.upload_part_copy(
+                            **numbered(),
+                            CopySource={"Bucket": self.bucket, "Key": piece},
+                            CopySourceRange=f"bytes={lead}-{read - 1}",
+                        )
+                        etags.append(copied["CopyPartResult"]["ETag"])
+                if held or not etags:
+                    send()
+                parts = [{"PartNumber": number, "ETag": etag} for number, etag in enumerate(etags, 1)]
+                self._client.complete_multipart_upload(**names, MultipartUpload={"Parts": parts})
+            except BaseException:
+                with suppress(ClientError, BotoCoreError):
+                    self._client.abort_multipart_upload(**names)
+                raise
+        return size, digest.hexdigest()
 
     def remove(self, prefix: str) -> int:
         """Deletes every blob whose key begins with `prefix`. Returns how many there were; none is no error."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from celery import shared_task
 
-from shared.outbox import RUN_JOB
+from shared.outbox import HELP_JOB, RUN_JOB
 from worker.app import STOP_NOTICE, ProcessLoader
 
 if TYPE_CHECKING:
@@ -35,6 +35,18 @@ def run_job(self: Any, job_id: str) -> None:
     """One attempt at the job; nothing where there is nothing to claim."""
     executor: Executor = self.app.loader.executor
     executor.run(job_id)
+    _end_where_asked(executor)
+
+
+@shared_task(name=HELP_JOB, bind=True)
+def help_job(self: Any, job_id: str) -> None:
+    """One shard of a job that another process holds; nothing where none is free."""
+    executor: Executor = self.app.loader.executor
+    executor.help(job_id)
+    _end_where_asked(executor)
+
+
+def _end_where_asked(executor: Executor) -> None:
     if executor.must_end:
         # The pool starts a fresh process with a clean device in this one's place.
         raise SystemExit(1)

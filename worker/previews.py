@@ -43,15 +43,24 @@ class Previews:
         self._strips: list[tuple[int, Image.Image]] = []
         self._lock = threading.Lock()
         self._left_over: Samples | None = None
-        self._y_px = 0
+        self._y_px = self._bottom_px = self._passed_over = 0
         self._width, self._height = 0, 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="previews", daemon=True)
 
-    def begins(self, input_rgb: Samples, width: int, height: int) -> None:  # noqa: ARG002  (an Onlooker's)
-        """The picture is decoded, (H, W, 3), and its result will be `width` x `height` px."""
+    def begins(
+        self,
+        input_rgb: Samples,  # noqa: ARG002  (an Onlooker's)
+        width: int,
+        height: int,
+        rows: range | None = None,
+    ) -> None:
+        """The picture is decoded, (H, W, 3), and its result, or these rows of it, will be `width` x `height` px."""
         self._width, self._height = width, height
-        self._left_over, self._y_px = None, 0
+        rows = range(height) if rows is None else rows
+        self._left_over, self._y_px, self._bottom_px = None, rows.start, rows.stop
+        # Strips begin where a px of the preview does. What a part leaves out above, the part before it has covered.
+        self._passed_over = -rows.start % self.factor
 
     def made(self, rows: Samples) -> None:
         """The next rows of the result, (h, width, channels) uint8 or uint16."""
@@ -59,9 +68,14 @@ class Previews:
         if self._y_px == 0 and self._left_over is None and len(rows) == self._height:
             # The whole result at once: it will be there before a preview of it is.
             return
+        if self._passed_over:
+            dropped = min(self._passed_over, len(rows))
+            self._passed_over -= dropped
+            self._y_px += dropped
+            rows = rows[dropped:]
         if self._left_over is not None:
             rows = np.concatenate([self._left_over, rows])
-        is_last = self._y_px + len(rows) >= self._height
+        is_last = self._y_px + len(rows) >= self._bottom_px
         usable = len(rows) if is_last else len(rows) // factor * factor
         self._left_over = rows[usable:].copy()
         if usable == 0:

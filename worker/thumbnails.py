@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import threading
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -41,11 +42,12 @@ class Thumbnails:
         self._y_px = 0
         self._rows: list[Samples] = []
 
-    def begins(self, input_rgb: Samples, width: int, height: int) -> None:
-        """The picture is decoded, (H, W, 3), and its result will be `width` x `height` px. May come again."""
+    def begins(self, input_rgb: Samples, width: int, height: int, rows: range | None = None) -> None:
+        """The picture is decoded, (H, W, 3), and its result will be `width` x `height` px. May come again, also for
+        other `rows` of it, which is no occasion to store the input's."""
         self._every = _every(width, height)
-        self._rows, self._y_px = [], 0
-        if self._storing is not None:
+        self._rows, self._y_px = [], 0 if rows is None else rows.start
+        if self._storing is not None or rows is not None:
             return
         every = _every(*input_rgb.shape[:2])
         # A copy: the thread must not keep the whole picture.
@@ -60,9 +62,15 @@ class Thumbnails:
             self._rows.append(rows[first :: self._every, :: self._every].copy())
         self._y_px += len(rows)
 
-    def store_result(self) -> None:
-        """Stores the result's thumbnail, once every row has been seen. Raises StorageUnavailable."""
-        self._put("result", np.concatenate(self._rows))
+    def seen(self) -> Samples | None:
+        """The px kept of the rows since `begins`, (h, w, channels): a part's, for `store_result`. None where there are
+        none."""
+        return np.concatenate(self._rows) if self._rows else None
+
+    def store_result(self, parts: Sequence[Samples] | None = None) -> None:
+        """Stores the result's thumbnail, once every row has been seen, here or as the `parts`. Raises
+        StorageUnavailable."""
+        self._put("result", np.concatenate(self._rows if parts is None else parts))
 
     def __enter__(self) -> Self:
         return self

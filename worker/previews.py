@@ -113,9 +113,14 @@ class Previews:
                 log.warning("preview.not_made", error=f"{type(error).__name__}: {error}")
 
     def _store_strips(self) -> None:
-        """All that has come since the last strip, as one."""
+        """All that has come since the last strip, as one; where another part of the result has begun, up to there."""
         with self._lock:
-            strips, self._strips = self._strips, []
+            count = 0
+            while count < len(self._strips) and self._follows(count):
+                count += 1
+            strips, self._strips = self._strips[:count], self._strips[count:]
+            if self._strips:
+                self._waiting.put(self._store_strips)
         if not strips:
             return
         y_px = strips[0][0]
@@ -130,6 +135,13 @@ class Previews:
         options: dict[str, Any] = {"quality": 80, "method": 0} if has_alpha else {"quality": 85}
         self._put(strip_key(self._blob_prefix, self._attempt, strip), whole, strip.format.upper(), **options)
         self._ended.wait(BETWEEN_STRIPS_SECONDS)
+
+    def _follows(self, number: int) -> bool:
+        """Whether this waiting strip continues the one before it, or is the first."""
+        if number == 0:
+            return True
+        (y_px, image), (next_y_px, _) = self._strips[number - 1 : number + 1]
+        return next_y_px == y_px + image.height * self.factor
 
     def _put(self, key: str, picture: Image.Image, format: str, **options: Any) -> None:
         file = io.BytesIO()

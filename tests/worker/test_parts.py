@@ -41,15 +41,12 @@ def read(image: pyvips.Image) -> tuple[Samples, dict[str, Any]]:
     return samples, {name: image.get(name) for name in image.get_fields() if name not in ("filename", "vips-loader")}
 
 
-@pytest.mark.parametrize("is_big", [False, True], ids=["", "big"])
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
-@pytest.mark.parametrize("format", parts.FORMATS)
+@pytest.mark.parametrize(("format", "is_big"), [("png", False), ("tiff", False), ("tiff", True)])
 def test_a_joined_file_is_what_one_encoder_would_have_written(
     format: str, channels: int, bits: int, is_big: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if is_big and format != "tiff":
-        pytest.skip("a plain PNG has no end")
     monkeypatch.setattr(codec, "needs_bigtiff", lambda raw_bytes: is_big and raw_bytes > 100)
     cuts, width = (12, 24, 8, 5), 33
     noise = np.random.default_rng(1).integers(0, 9, (sum(cuts), width, channels))

@@ -29,7 +29,7 @@ from worker.decoding import Decoder, InProcess
 from worker.fidelity import Comparison, Sums
 from worker.networks import Network, load
 from worker.parts import Layout, open_part
-from worker.tiling import Band
+from worker.tiling import Band, Plan
 from worker.upscale import EnlargedRows, Repairs, Work
 
 # The slowest kinds seen (16-bit with a colour profile; AVIF) take a tenth of this: what a lease is asked for must
@@ -350,14 +350,22 @@ class Making:
         channels, bits = _result_channels(picture, format), _result_bits(picture, format)
         return Layout(format.name, self.width, self.height, channels, bits, rows_in_strip)
 
-    def write_part(self, target: Path, bands: tuple[Band, ...], *, rows_in_strip: int, precise: bool) -> MadePart:
-        """Some neighbouring bands of the result, the same to the last bit as in the whole. Raises as `enlarge`."""
+    def write_part(
+        self, target: Path, bands: tuple[Band, ...], *, in_strips: bool, rows_in_strip: int, precise: bool
+    ) -> MadePart:
+        """Some neighbouring bands of the result, the same to the last bit as in the whole that they were planned for.
+
+        `in_strips`: as that plan says. Raises as `enlarge`.
+        """
         scale = self.wanted.scale
         first, last = bands[0].region, bands[-1].region
-        (whole,) = self.work.plans
+        width, height, halo_px = self.picture.width, self.picture.height, 0 if in_strips else self.network.halo_px
+        longest_px = max(max(tile.keep.width, tile.keep.height) for band in bands for tile in band.tiles)
+        # Not of this process's own plan: it may have other memory, another speed or another runtime.
+        plan = Plan(width, height, halo_px, longest_px, bands, in_strips)
         # With a clock of its own: another part's seconds are not this one's.
         clock = _Stopwatch()
-        part = replace(self, work=replace(self.work, plans=(replace(whole, bands=bands),)), clock=clock)
+        part = replace(self, work=replace(self.work, plans=(plan,)), clock=clock)
         for onlooker in self.onlookers:
             onlooker.begins(self.picture.rgb, self.width, self.height, rows=range(first.y * scale, last.bottom * scale))
         repairs = Repairs()

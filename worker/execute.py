@@ -747,7 +747,7 @@ class Executor:
             with self._fetched(job, folder, lifeline) as source:
                 fetch_seconds = time.monotonic() - started
                 making = self._engines[device].opened(source, wanted_of(job), lifeline, thumbnails, previews)
-            if job.split is not None or sharding.is_divisible(making.work, self._settings):
+            if job.split is not None or len(sharding.runs_of(making, self._settings)) > 1:
                 making.begin()
                 sharing = Sharing(
                     self._database, self._storage, self._settings, claim, job, self.presence.facts.id, lifeline

@@ -43,6 +43,9 @@ T = TypeVar("T")
 LOOK_SECONDS = 0.2
 """So often the attempt that holds the job looks whether others have made what it waits for."""
 
+LEAST_SETTLINGS = 7
+"""A shard in strips is at least so many times as high as what is computed twice for it: at most a seventh more work."""
+
 STORE_BYTES_PER_SECOND = 1_000_000
 """As in `worker.execute`: a slow line to object storage."""
 
@@ -97,17 +100,25 @@ def may_share(job: Job, engine: Engine, settings: Settings) -> bool:
         return False
 
 
-def is_divisible(work: Work, settings: Settings) -> bool:
-    return len(cut(work, settings.shard_output_px)) > 1
+def runs_of(making: Making, settings: Settings) -> list[tuple[Band, ...]]:
+    """The bands of each shard, from the top; one run where the work is not worth sharing."""
+    in_strips = making.work.plans[0].in_strips
+    # A network in strips begins so far above what it is asked for, and that much is done twice.
+    network = making.network
+    least_rows = LEAST_SETTLINGS * network.rows_to_settle(making.work.width) if in_strips else 1
+    return cut(making.work, settings.shard_output_px, least_rows=least_rows)
 
 
-def cut(work: Work, shard_output_px: int) -> list[tuple[Band, ...]]:
-    """The bands of the work in runs of about `shard_output_px` of the result, from the top; one run where the work
-    cannot be shared."""
+def cut(work: Work, shard_output_px: int, *, least_rows: int = 1) -> list[tuple[Band, ...]]:
+    """The bands of the work in runs of about `shard_output_px` of the result, and of about `least_rows` of the input at
+    least, from the top; one run where the work cannot be shared."""
     if len(work.plans) != 1:
         return [tuple(itertools.chain.from_iterable(plan.bands for plan in work.plans))]
     bands = work.plans[0].bands
     wanted = max(1, round(work.width * work.height * work.scale**2 / shard_output_px))
+    wanted = min(wanted, work.height // least_rows)
+    # Of few an even number: with three shards one of two workers would wait for the other.
+    wanted = max(1, wanted - wanted % 2 if wanted > 1 else wanted)
     runs: list[list[Band]] = [[]]
     for band in bands:
         # Balanced: the n-th run ends where n shares of the picture do.
@@ -162,6 +173,7 @@ class PartMaker:
             made = self._making.write_part(
                 path,
                 unpacked(claim.bands),
+                in_strips=self._terms["in_strips"],
                 rows_in_strip=self._terms["rows_in_strip"],
                 precise=self._terms["precise"],
             )
@@ -238,12 +250,13 @@ class Sharing:
         """What holds for all shards; they are written where an earlier attempt has not done so."""
         if self._job.split is not None:
             return self._job.split
-        runs = cut(making.work, self._settings.shard_output_px)
+        runs = runs_of(making, self._settings)
         rows = [sum(band.region.height for band in run) * making.wanted.scale for run in runs]
         layout = making.layout(1)
         row_bytes = layout.width * layout.channels * layout.bits // 8
         terms = {
             "precise": not making.network.prefers_half,
+            "in_strips": making.work.plans[0].in_strips,
             "rows_in_strip": parts.rows_in_strip(rows[:-1] or rows, row_bytes),
         }
         self._write(lambda session, _: shards.begin(session, self._claim, [packed(run) for run in runs], terms))

@@ -85,7 +85,9 @@ def made_in_parts(making: Making, folder: Path, pieces: int) -> bytes:
     for run in runs:
         bands = sharding.unpacked(sharding.packed(run))
         assert [band.tiles for band in bands] == [band.tiles for band in run]
-        made = making.write_part(folder / "part", bands, rows_in_strip=strip, precise=True)
+        made = making.write_part(
+            folder / "part", bands, in_strips=making.work.plans[0].in_strips, rows_in_strip=strip, precise=True
+        )
         body += (folder / "part").read_bytes()
         facts.append(made.facts)
     head, tail = parts.joined(making.layout(strip), facts, making.metadata)
@@ -151,6 +153,7 @@ def test_the_bands_are_cut_into_shards_of_about_one_size() -> None:
     assert all(abs(sum(band.region.height for band in run) - 250) <= 30 for run in runs)
     assert len(sharding.cut(work, 10**9)) == 1
     assert len(sharding.cut(work, 1)) == len(whole.bands), "a band is never cut"
+    assert len(sharding.cut(work, 1, least_rows=300)) == 2
     twice = Work(100, 1000, 4, (whole, whole), 1, 1)
     assert len(sharding.cut(twice, 100_000)) == 1
 

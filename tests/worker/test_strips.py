@@ -179,6 +179,35 @@ def test_what_strips_do_is_what_tiles_do_and_nothing_is_computed_twice() -> None
     assert np.abs(made.astype(int) - by_tiles).max() <= 1
 
 
+@pytest.mark.parametrize(
+    ("module", "rows_in_strip"),
+    [pytest.param(srresnet(), 6, id="srresnet"), pytest.param(with_contrast(Compact(4), 0.9), 12, id="compact")],
+)
+def test_a_part_in_strips_is_to_the_last_bit_what_it_is_in_the_whole(
+    monkeypatch: pytest.MonkeyPatch, module: Architecture, rows_in_strip: int
+) -> None:
+    width = 24
+    monkeypatch.setattr(networks, "STRIP_PX", width * rows_in_strip)
+    # Strips so small are not worth a second thread.
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    network = network_of(module)
+    height = network.rows_to_settle(width) + 80
+    image = picture(height, width)
+    whole_plan = plan_strips(width, height, band_px=width * 10)
+    work = replace(plan_work(network, width, height, network.scale), plans=(whole_plan,))
+    whole = np.concatenate([rows.pixels for rows in enlarge(network, image, network.scale, work=work)])
+    for first, last in ((1, 3), (len(whole_plan.bands) - 4, len(whole_plan.bands) - 2)):
+        bands = whole_plan.bands[first:last]
+        part = replace(work, plans=(replace(whole_plan, bands=bands),))
+        made = list(enlarge(network, image, network.scale, work=part))
+        top = bands[0].region.y * network.scale
+        assert made[0].y_px == top
+        pixels = np.concatenate([rows.pixels for rows in made])
+        difference = np.abs(pixels - whole[top : top + len(pixels)]).max(axis=(1, 2))
+        assert difference.max() == 0, f"{difference.max()} in row {difference.argmax()} of bands {first} to {last}"
+    assert network.first_row_for(bands[0].region.y, width) > 0, "the last part was not begun at the top"
+
+
 def test_what_watches_can_stop_within_a_strip() -> None:
     class Stop(Exception):
         pass

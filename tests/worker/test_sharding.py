@@ -138,7 +138,7 @@ def test_a_picture_made_in_parts_is_the_one_made_at_once(
     file = io.BytesIO(picture_file(kind))
     engine.enlarge_file(file, tmp_path / "whole", wanted)
     whole, whole_says = read((tmp_path / "whole").read_bytes())
-    joined, joined_says = read(made_in_parts(engine.opened(file, wanted, Unwatched()), tmp_path, 3))
+    joined, joined_says = read(made_in_parts(engine.opened(file, wanted, Unwatched()), tmp_path, 4))
     difference = np.abs(joined.astype(int) - whole)
     assert difference.max() == 0, f"greatest {difference.max()}, mean {difference.mean()}"
     assert joined_says == whole_says

@@ -61,7 +61,7 @@ class Standing:
 
     @property
     def all_made(self) -> bool:
-        return self.shards_made == self.shards
+        return self.shards_made == self.shards > 0
 
 
 def begin(session: Session, claim: jobs.Claim, pieces: Sequence[Bands], terms: Mapping[str, Any]) -> None:

@@ -291,7 +291,12 @@ class Sharing:
             now=now,
         )
         standing = shards.standing(session, self._claim.job_id, max_tries=max_tries, now=now, without=mine)
+        if mine is None and standing.shards == 0:
+            raise self._ended()
         return mine, standing
+
+    def _ended(self) -> StaleAttempt:
+        return StaleAttempt(f"The shards of {self._claim.job_id} are gone: it has ended.", job_id=self._claim.job_id)
 
     def _make_part(self, maker: PartMaker, claim: ShardClaim, others: Standing) -> None:
         self._lifeline.works_on(claim, others)
@@ -315,6 +320,8 @@ class Sharing:
     def _joined(self, making: Making, thumbnails: Thumbnails, terms: dict[str, Any], key: str) -> tuple[Enlarged, str]:
         with self._database.reading() as session:
             rows = shards.of_job(session, self._claim.job_id)
+        if not rows:
+            raise self._ended()
         facts = [row.facts or {} for row in rows]
         keys = [str(row.key) for row in rows]
         sums = [Sums(**each["sums"]) for each in facts]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import re
 import secrets
+import threading
 import time
 from datetime import timedelta
 from urllib.parse import urlsplit
@@ -68,6 +69,7 @@ def create_app(settings: Settings | None = None) -> Flask:
         zooms=Zooms(storage),
     )
     if is_own_process:
+        threading.Thread(target=context.warm_up, name="warm-up", daemon=True).start()
         # What it counts reaches `/metrics` through its row: the next question may come to another process.
         presence = Presence(
             database, workers.this_process("api"), interval_seconds=settings.worker_lost_after_seconds / 3

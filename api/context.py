@@ -57,6 +57,11 @@ class Context:
     traces: Traces
     zooms: Zooms
 
+    def warm_up(self) -> None:
+        """Loads what the first request would have to wait for; connects to nothing."""
+        self.limits.warm_up()
+        self.broker.warm_up()
+
     def close(self) -> None:
         """Sends what still waits and gives back connections. Requests under way fail; call it when no more come."""
         self.hurrier.close()

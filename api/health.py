@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import platform
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from datetime import timedelta
+from importlib import metadata
 
 from flask import Blueprint, Response, jsonify
 from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
+import migrations
 from api import auth
 from api.context import Context
 from shared import queries
@@ -27,7 +30,12 @@ PATIENCE_SECONDS = 2.0
 
 def blueprint(context: Context, servers: Servers) -> Blueprint:
     health = Blueprint("health", __name__)
-    health.add_url_rule("/livez", "livez", lambda: jsonify(status="alive"))
+    versions = {
+        "enlarger": metadata.version("enlarger"),
+        "python": platform.python_version(),
+        "schema": migrations.newest(),
+    }
+    health.add_url_rule("/livez", "livez", lambda: jsonify(status="alive", versions=versions))
     health.add_url_rule("/readyz", "readyz", lambda: _readyz(servers))
     health.add_url_rule("/metrics", "metrics", lambda: _metrics(context))
     return health

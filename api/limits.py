@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import redis
 from flask import g
-from limits import RateLimitItemPerMinute
-from limits.storage import MemoryStorage, RedisStorage
-from limits.strategies import MovingWindowRateLimiter
 
 from shared.errors import RateLimited
 from shared.settings import Settings
 from shared.telemetry import log
+
+if TYPE_CHECKING:
+    import redis
+    from limits import RateLimitItemPerMinute
+    from limits.strategies import MovingWindowRateLimiter
 
 # A Redis that is well answers in a millisecond. The reliability notes ask for 1 s; but a frozen Redis would then hold
 # every request under way for a second, and submitting promises 250 ms with Redis frozen (G4).
@@ -52,18 +55,46 @@ class RateLimits:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._item = RateLimitItemPerMinute(settings.rate_limit_per_minute)
-        self._connections = redis.ConnectionPool.from_url(
-            settings.redis_url,
+        self._settings = settings
+        self._redis_rests_until = 0.0
+        self._lock = threading.Lock()
+
+    # What follows is made, and its libraries loaded, by `warm_up` or the first request: not by a process that starts.
+
+    @functools.cached_property
+    def _item(self) -> RateLimitItemPerMinute:
+        from limits import RateLimitItemPerMinute
+
+        return RateLimitItemPerMinute(self._settings.rate_limit_per_minute)
+
+    @functools.cached_property
+    def _connections(self) -> redis.ConnectionPool:
+        import redis
+
+        return redis.ConnectionPool.from_url(
+            self._settings.redis_url,
             socket_timeout=REDIS_TIMEOUT_SECONDS,
             socket_connect_timeout=REDIS_TIMEOUT_SECONDS,
         )
-        self._shared = MovingWindowRateLimiter(
-            RedisStorage(settings.redis_url, self._connections, key_prefix="enlarger:rate")
-        )
-        self._own = MovingWindowRateLimiter(MemoryStorage())
-        self._redis_rests_until = 0.0
-        self._lock = threading.Lock()
+
+    @functools.cached_property
+    def _shared(self) -> MovingWindowRateLimiter:
+        from limits.storage import RedisStorage
+        from limits.strategies import MovingWindowRateLimiter
+
+        counts = RedisStorage(self._settings.redis_url, self._connections, key_prefix="enlarger:rate")
+        return MovingWindowRateLimiter(counts)
+
+    @functools.cached_property
+    def _own(self) -> MovingWindowRateLimiter:
+        from limits.storage import MemoryStorage
+        from limits.strategies import MovingWindowRateLimiter
+
+        return MovingWindowRateLimiter(MemoryStorage())
+
+    def warm_up(self) -> None:
+        """Loads what the first request would; connects to nothing."""
+        _ = self._item, self._shared, self._own
 
     def count(self, key_id: str) -> Allowance:
         """Counts one request of this key. Raises RateLimited where the window is full."""
@@ -78,7 +109,8 @@ class RateLimits:
         return allowance
 
     def close(self) -> None:
-        self._connections.disconnect()
+        if "_connections" in self.__dict__:
+            self._connections.disconnect()
 
     def _ask(self, limiter: MovingWindowRateLimiter, key_id: str) -> tuple[Allowance, bool]:
         allowed = limiter.hit(self._item, key_id)
@@ -88,6 +120,8 @@ class RateLimits:
 
     def _ask_redis(self, key_id: str) -> tuple[Allowance, bool] | None:
         """None where Redis rests or fails now."""
+        import redis
+
         if not self._may_ask_redis():
             return None
         try:

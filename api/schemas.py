@@ -85,7 +85,10 @@ class JobSettings(Asked):
     )
     background: str = Field("#ffffff", pattern=r"^#[0-9a-fA-F]{6}$", description="Colour under `alpha: flatten`.")
     device: Literal["auto", "gpu", "cpu"] = Field("auto", description="`auto` is a GPU where one is at work.")
-    priority: Literal["interactive", "bulk"] = Field("interactive", description="Bulk jobs run when no other waits.")
+    priority: Literal["interactive", "bulk"] = Field(
+        "interactive",
+        description="Interactive jobs come first; while both wait, one of five that a worker takes is bulk.",
+    )
     deadline_seconds: Seconds | None = Field(None, description="The job expires unless it has started by then.")
     ttl_seconds: Seconds | None = Field(None, description="Its pictures are kept this long after it has ended.")
     external_id: Annotated[Line, Field(max_length=255)] | None = Field(None, description="Your own name for it.")
@@ -388,7 +391,10 @@ class JobView(Answered):
     started_at: datetime | None
     finished_at: datetime | None
     expires_at: datetime | None
-    queue_position: int | None = Field(description="1 is next; in lists always null.")
+    queue_position: int | None = Field(
+        description="1 is next; grows when a job comes before it whose key has had less of the workers. In lists "
+        "always null."
+    )
     progress: Progress
     input: InputView
     result: ResultView | None
@@ -632,4 +638,7 @@ class ProblemView(Answered):
 
 class HealthView(Answered):
     status: Literal["alive", "ready"]
+    versions: dict[str, str] | None = Field(
+        None, description="Of `/livez`: `enlarger`, `python`, and `schema`, the revision that this process is made for."
+    )
     checks: dict[str, Any] | None = None

@@ -705,7 +705,7 @@ def get_model(context: Context, _caller: Caller, name: str) -> Response:
     body=EstimateRequest,
     problems=(ModelUnavailable,),
 )
-def create_estimate(context: Context, _caller: Caller) -> Response:
+def create_estimate(context: Context, caller: Caller) -> Response:
     """Size, seconds and waiting time, without handing anything in. `expected_seconds` is of the work alone."""
     wanted = asked.json_body(EstimateRequest)
     settings = context.settings
@@ -745,7 +745,11 @@ def create_estimate(context: Context, _caller: Caller) -> Response:
             session, card.name, device=queue.partition(".")[0], expected_seconds=expected_seconds
         )
         wait_seconds = queries.expected_wait_seconds(
-            session, queue, worker_lost_after_seconds=settings.worker_lost_after_seconds, now=now
+            session,
+            queue,
+            worker_lost_after_seconds=settings.worker_lost_after_seconds,
+            now=now,
+            before_tag_px=queries.start_tag_px(session, caller.key_id, queue),
         )
         alive = queries.serving_workers(session, worker_lost_after_seconds=settings.worker_lost_after_seconds, now=now)
         serving = sum(queue in worker.queues for worker in alive)

@@ -5,14 +5,15 @@ SQLite (the default, one host) and PostgreSQL (production) are treated alike by 
 
 from __future__ import annotations
 
+import functools
 import secrets
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import psycopg
 from sqlalchemy import Connection, DateTime, Dialect, MetaData, create_engine, event, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
@@ -23,6 +24,9 @@ from sqlalchemy.types import TypeDecorator
 
 from shared.errors import DatabaseUnavailable
 from shared.telemetry import tallies
+
+if TYPE_CHECKING:
+    import psycopg
 
 # Named constraints, so that migrations can drop what they made on either database.
 NAMING_CONVENTION = {
@@ -103,6 +107,8 @@ class Database:
         event.listen(self.engine, "before_cursor_execute", _statement_begins)
         event.listen(self.engine, "after_cursor_execute", _statement_ends)
         self._reading_engine = self.engine.execution_options(enlarger_reading=True)
+        # Reentrant: a transaction within another one is SQLite's to refuse, as it always has been.
+        self._writing = threading.RLock() if self.is_sqlite else None
 
     @contextmanager
     def transaction(self) -> Iterator[Session]:
@@ -110,8 +116,27 @@ class Database:
 
         Raises DatabaseUnavailable where the server cannot be reached or stays locked.
         """
-        with _translated(), Session(self.engine, expire_on_commit=False) as session, session.begin():
+        with (
+            self._turn_to_write(),
+            _translated(),
+            Session(self.engine, expire_on_commit=False) as session,
+            session.begin(),
+        ):
             yield session
+
+    @contextmanager
+    def _turn_to_write(self) -> Iterator[None]:
+        """SQLite's one write lock, queued for within this process. SQLite itself has waiters sleep and look again, ever
+        longer: with eight threads that write, one in a hundred waited for seconds."""
+        if self._writing is None:
+            yield
+            return
+        if not self._writing.acquire(timeout=SQLITE_BUSY_TIMEOUT_SECONDS):
+            raise DatabaseUnavailable("The database is busy writing.", retry_after_seconds=2)
+        try:
+            yield
+        finally:
+            self._writing.release()
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
@@ -146,21 +171,28 @@ def _translated() -> Iterator[None]:
         raise DatabaseUnavailable("The database has ended the connection.", retry_after_seconds=2) from error
 
 
-class _Impatient(psycopg.Connection[Any]):
-    """A connection that closes itself where the server says nothing for POSTGRESQL_SILENCE_SECONDS."""
-
-    def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
-        silence_seconds = POSTGRESQL_SILENCE_SECONDS if timeout is None else timeout
-        try:
-            return super().wait(gen, interval, silence_seconds)
-        except psycopg.errors._WaitTimeout:
-            # What it was in the middle of is unknown: closed, it is taken out of the pool.
-            self.pgconn.finish()
-            raise
-
-
 def _connect_impatiently(_dialect: Dialect, _record: ConnectionPoolEntry, words: Any, named: Any) -> Any:
-    return _Impatient.connect(*words, **named)
+    return _impatient().connect(*words, **named)
+
+
+@functools.cache
+def _impatient() -> type[psycopg.Connection[Any]]:
+    # Not at the top: on SQLite nobody needs it.
+    import psycopg
+
+    class Impatient(psycopg.Connection[Any]):
+        """A connection that closes itself where the server says nothing for POSTGRESQL_SILENCE_SECONDS."""
+
+        def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
+            silence_seconds = POSTGRESQL_SILENCE_SECONDS if timeout is None else timeout
+            try:
+                return super().wait(gen, interval, silence_seconds)
+            except psycopg.errors._WaitTimeout:
+                # What it was in the middle of is unknown: closed, it is taken out of the pool.
+                self.pgconn.finish()
+                raise
+
+    return Impatient
 
 
 def _statement_begins(connection: Connection, *_: Any) -> None:

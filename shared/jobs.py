@@ -17,16 +17,17 @@ the job is unchanged once the caller's transaction has rolled back.
 
 from __future__ import annotations
 
+import functools
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, delete, exists, func, insert, literal, or_, select, update
+from sqlalchemy import ColumnElement, Row, Select, bindparam, delete, exists, func, insert, literal, or_, select, update
 from sqlalchemy.orm import Session
 
-from shared import deliveries
+from shared import deliveries, queries
 from shared.db import UtcDateTime, new_id
 from shared.errors import (
     DeadlineExceeded,
@@ -41,6 +42,7 @@ from shared.errors import (
 )
 from shared.models import (
     TERMINAL_STATES,
+    ApiKey,
     Attempt,
     Batch,
     BlobRemoval,
@@ -151,7 +153,7 @@ def submit(
 
     Raises QueueFull where the key has `max_queued_jobs` waiting already.
     """
-    waiting = session.scalar(select(func.count()).where(Job.owner_key_id == owner_key_id, Job.state == JobState.QUEUED))
+    waiting = session.scalar(_waiting(), {"owner_key_id": owner_key_id})
     if (waiting or 0) >= max_queued_jobs:
         raise QueueFull(
             f"This key has {waiting} queued jobs; at most {max_queued_jobs} may wait. Try again when some have run.",
@@ -177,6 +179,8 @@ def submit(
         device=options.device,
         priority=options.priority,
         queue=options.queue,
+        output_px=_output_px(options, picture),
+        start_tag_px=_start_tag_px(session, owner_key_id, options.queue),
         deadline_seconds=options.deadline_seconds,
         deadline_at=_deadline(options.deadline_seconds, now),
         ttl_seconds=options.ttl_seconds,
@@ -203,6 +207,11 @@ def submit(
     return job
 
 
+@functools.cache
+def _waiting() -> Select[int]:
+    return select(func.count()).where(Job.owner_key_id == bindparam("owner_key_id"), Job.state == JobState.QUEUED)
+
+
 def claim(
     session: Session, job_id: str, *, worker_id: str, device: str, lease_seconds: float, now: datetime
 ) -> Claim | None:
@@ -215,11 +224,7 @@ def claim(
         update(Job)
         .where(
             Job.id == job_id,
-            Job.state == JobState.QUEUED,
-            Job.tries_used < Job.max_attempts,
-            or_(Job.run_after.is_(None), Job.run_after <= now),
-            or_(Job.deadline_at.is_(None), Job.deadline_at > now),
-            ~exists().where(QueuePause.queue == Job.queue),
+            *_due(now),
             ~exists().where(Worker.id == worker_id, Worker.drained_at.is_not(None)),
         )
         .values(
@@ -250,6 +255,21 @@ def claim(
     job = session.get_one(Job, job_id, populate_existing=True)
     deliveries.owe(session, job, "job.started", now)
     return Claim(job_id, row.attempt, announces_progress=deliveries.wants(session, job, "job.progress"))
+
+
+def next_due(session: Session, queues: Sequence[str], *, now: datetime) -> str | None:
+    """The id of the job whose turn it is, of the first of `queues` that has one; it is locked, for `claim` to take.
+
+    Within a queue the least start tag comes first (`queries.start_tag_px`): keys have equal shares, whoever hands in
+    most. One SELECT for each queue looked at, however long it is. Jobs that another transaction holds are passed over,
+    so nobody waits for anybody; where all that are due are held, it is the first of those, and `claim` waits for it:
+    its message may be being marked as sent at this very moment, and nobody else would come for it.
+    """
+    for queue in queues:
+        job_id = session.scalar(_first_due([queue], now).with_for_update(skip_locked=True))
+        if job_id is not None:
+            return job_id
+    return session.scalar(_first_due(queues, now))
 
 
 def heartbeat(session: Session, claim: Claim, *, lease_seconds: float, now: datetime) -> bool:
@@ -368,7 +388,8 @@ def fail(
     delay_seconds = 0.0 if queue else retry_delay_seconds * 2 ** (job.tries_used - 1)
     changes: dict[str, Any] = {"run_after": now + timedelta(seconds=delay_seconds)}
     if queue:
-        changes |= {"queue": queue, "tries_used": Job.tries_used - 1}
+        tag = _start_tag_px(session, job.owner_key_id, queue)
+        changes |= {"queue": queue, "start_tag_px": tag, "tries_used": Job.tries_used - 1}
     _requeue(session, _held(claim), claim, now, "retryable", error, changes)
     return JobState.QUEUED
 
@@ -463,6 +484,8 @@ def retry(session: Session, job_id: str, *, now: datetime) -> Job:
             state=JobState.QUEUED,
             version=Job.version + 1,
             tries_used=0,
+            # It has had its turn: a thousand retries by hand stand where a thousand new jobs would.
+            start_tag_px=_start_tag_px(session, job.owner_key_id, job.queue),
             run_after=None,
             lease_until=None,
             cancel_requested_at=None,
@@ -515,9 +538,48 @@ def resume_queue(session: Session, queue: str) -> bool:
     return True
 
 
-def give_message_back(session: Session, job_id: str) -> None:
-    """The job's message has come to a worker that may not take it: the relay is to send another."""
-    session.execute(update(Job).where(Job.id == job_id, Job.state == JobState.QUEUED).values(published_at=None))
+def give_message_back(session: Session, queues: Sequence[str], *, now: datetime) -> None:
+    """A message of these queues has come to a worker that may take no job: the relay is to send another.
+
+    Messages of a device's queues are worth the same, so any job that waits with one may be the one that is sent again;
+    one that is about to be sent anyway may not, or two messages given back would come back as one.
+    """
+    given_back = _first_due(queues, now).where(Job.published_at.is_not(None)).with_for_update()
+    session.execute(
+        update(Job).where(Job.id == session.scalar(given_back), Job.state == JobState.QUEUED).values(published_at=None)
+    )
+
+
+def reroute(session: Session, source: str, target: str, *, now: datetime, limit: int = 100) -> list[str]:
+    """Jobs of device `auto` that wait in one queue wait in another from now on: who served the first is gone, or who
+    would serve the second is back. Returns their ids.
+
+    Those that have been tried stay off GPUs: memory may have run out there. A paused queue keeps its jobs.
+    """
+    conditions = [*_due(now), Job.queue == source, Job.device == "auto"]
+    if target.startswith("gpu."):
+        conditions.append(Job.attempt == 0)
+    found = session.execute(
+        select(Job.id, Job.owner_key_id)
+        .where(*conditions)
+        .order_by(Job.start_tag_px, Job.id)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    ).all()
+    # Key after key, as every relay does: two of them never wait for each other.
+    for row in sorted(found, key=lambda row: str(row.owner_key_id)):
+        session.execute(
+            update(Job)
+            .where(Job.id == row.id, Job.state == JobState.QUEUED, Job.queue == source)
+            .values(
+                queue=target,
+                start_tag_px=_start_tag_px(session, row.owner_key_id, target),
+                version=Job.version + 1,
+                published_at=None,
+                published_count=0,
+            )
+        )
+    return [row.id for row in found]
 
 
 def rescue_lost(session: Session, *, retry_delay_seconds: float, now: datetime, limit: int = 100) -> list[str]:
@@ -658,6 +720,40 @@ def owe_blob_removal(session: Session, prefix: str, *, now: datetime) -> None:
     """Records that every blob under `prefix` is to be deleted at `now` or later; the chores worker does it."""
     session.add(BlobRemoval(id=new_id("rm", now), prefix=prefix, due_at=now))
     session.flush()
+
+
+def _output_px(options: JobOptions, picture: JobInput) -> int:
+    px, networks = picture.width * picture.height, 1
+    if options.preview is not None:
+        px = options.preview["crop"]["width"] * options.preview["crop"]["height"]
+        networks = len(options.preview["models"])
+    return px * options.scale**2 * networks
+
+
+def _start_tag_px(session: Session, owner_key_id: str, queue: str) -> int:
+    """Where a job of this key that enters the queue now is to stand."""
+    # A key's jobs enter one after the other: two that saw the same ones before them would stand at one place, and who
+    # hands in over many connections would have many shares. (FOR NO KEY UPDATE: foreign keys do not wait for it.
+    # On SQLite this transaction is the only one that writes.)
+    if session.get_bind().dialect.name != "sqlite":
+        session.execute(select(ApiKey.id).where(ApiKey.id == owner_key_id).with_for_update(key_share=True))
+    return queries.start_tag_px(session, owner_key_id, queue)
+
+
+def _due(now: datetime) -> list[ColumnElement[bool]]:
+    """What a job must be like to be claimed."""
+    return [
+        Job.state == JobState.QUEUED,
+        Job.tries_used < Job.max_attempts,
+        or_(Job.run_after.is_(None), Job.run_after <= now),
+        or_(Job.deadline_at.is_(None), Job.deadline_at > now),
+        ~exists().where(QueuePause.queue == Job.queue),
+    ]
+
+
+def _first_due(queues: Sequence[str], now: datetime) -> Select[str]:
+    """The id of the job whose turn it is."""
+    return select(Job.id).where(Job.queue.in_(queues), *_due(now)).order_by(Job.start_tag_px, Job.id).limit(1)
 
 
 def _in_batch_order(rows: Sequence[Row[*tuple[Any, ...]]]) -> list[Row[*tuple[Any, ...]]]:

@@ -7,6 +7,7 @@ be rotated: the new secret is good at once, the old one for a while longer, and 
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import hmac
 import secrets
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 from itsdangerous import BadSignature, URLSafeTimedSerializer
-from sqlalchemy import ColumnElement, delete, func, literal, or_, select, update
+from sqlalchemy import Select, bindparam, delete, func, literal, or_, select, update
 from sqlalchemy.orm import Session
 
 from shared.db import UtcDateTime, new_id
@@ -65,7 +66,7 @@ def create(
 
 def ensure(session: Session, secret: str, *, name: str, scopes: Sequence[str], now: datetime) -> ApiKey:
     """The key with this secret, made where it is missing: for secrets that come from settings."""
-    found = session.scalar(select(ApiKey).where(_has_secret(_sha256(secret))))
+    found = session.scalar(_by_secret(), {"digest": _sha256(secret)})
     return found or create(session, name=name, scopes=scopes, now=now, secret=secret)[0]
 
 
@@ -75,7 +76,7 @@ def authenticate(session: Session, secret: str, *, now: datetime) -> ApiKey:
     The look-up compares hashes in an index: what its timing could tell is about the hash, which gives nothing away.
     """
     digest = _sha256(secret)
-    key = session.scalar(select(ApiKey).where(_has_secret(digest)))
+    key = session.scalar(_by_secret(), {"digest": digest})
     if key is None:
         raise _unknown()
     is_present = hmac.compare_digest(key.secret_sha256, digest)
@@ -196,8 +197,12 @@ def _unknown() -> Unauthorized:
     return Unauthorized("The API key is not known, or no longer valid.")
 
 
-def _has_secret(digest: str) -> ColumnElement[bool]:
-    return or_(ApiKey.secret_sha256 == digest, ApiKey.previous_sha256 == digest)
+@functools.cache
+def _by_secret() -> Select[ApiKey]:
+    # Put together once: it is asked at every request.
+    return select(ApiKey).where(
+        or_(ApiKey.secret_sha256 == bindparam("digest"), ApiKey.previous_sha256 == bindparam("digest"))
+    )
 
 
 def _end_sessions(session: Session, key_id: str) -> None:

@@ -77,10 +77,11 @@ class Job(Row):
     __table_args__ = (
         # A customer's list and queue cap; the relay's and the rescuer's looks; the dashboard's newest of a state.
         Index("ix_jobs_owner_key_id_id", "owner_key_id", "id"),
-        Index("ix_jobs_owner_key_id_state", "owner_key_id", "state"),
+        Index("ix_jobs_owner_key_id_state_queue_start_tag_px", "owner_key_id", "state", "queue", "start_tag_px"),
         # The other jobs of the same picture: what a result is compared with.
         Index("ix_jobs_owner_key_id_input_sha256", "owner_key_id", "input_sha256"),
-        Index("ix_jobs_state_queue_id", "state", "queue", "id"),
+        # Who is next, and how many are before whom.
+        Index("ix_jobs_state_queue_start_tag_px_id", "state", "queue", "start_tag_px", "id"),
         Index("ix_jobs_state_lease_until", "state", "lease_until"),
         Index("ix_jobs_state_finished_at", "state", "finished_at"),
         Index("ix_jobs_state_id", "state", "id"),
@@ -109,7 +110,11 @@ class Job(Row):
     """Asked for: auto, gpu or cpu."""
     priority: Mapped[str] = mapped_column(String(12))
     queue: Mapped[str] = mapped_column(String(40))
-    """The image queue its message goes to; changed where memory runs out on a GPU."""
+    """The image queue its message goes to; changed where memory runs out on a GPU, or where no GPU is left."""
+    output_px: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    """Of the result as it was asked for: what a key's share of the workers is measured in."""
+    start_tag_px: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    """Its place among those that wait in its queue, the least first: `jobs.next_due`."""
     deadline_seconds: Mapped[int | None]
     deadline_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     ttl_seconds: Mapped[int]

@@ -7,6 +7,7 @@ duplicate: `relay_due` sends again what did not come to anything.
 
 from __future__ import annotations
 
+import functools
 import queue
 import secrets
 import threading
@@ -15,12 +16,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING
 
-import redis
-from celery import Celery
-from kombu import Queue
-from kombu.exceptions import KombuError, OperationalError
 from sqlalchemy import case, update
 from sqlalchemy.orm import Session
 
@@ -31,6 +28,10 @@ from shared.models import Job
 from shared.queries import IMAGE_QUEUES
 from shared.settings import Settings
 from shared.telemetry import log
+
+if TYPE_CHECKING:
+    import redis
+    from celery import Celery
 
 RUN_JOB = "enlarger.run_job"
 HELP_JOB = "enlarger.help_job"
@@ -44,11 +45,11 @@ CHORES_QUEUE = "chores"
 # A key of random value that lives in Redis beside the messages. When it is gone, so are they: Redis was wiped.
 GENERATION_KEY = "enlarger:generation"
 
-# Celery ends a task at its time limit. That is the last net, far above what the plan expects: the lease and the
-# deadline between tiles act long before.
-TIME_LIMIT_FACTOR = 10
-LEAST_TIME_LIMIT_SECONDS = 1800
-SOFT_LIMIT_EARLIER_SECONDS = 60
+# What was published in a moment is marked in one transaction: with one for each job, marks would be half of all commits
+# of a busy API. Long enough for several jobs at 100/s, and so short that the relay, which looks each second and sends
+# once more what is not marked, finds few.
+MARK_AFTER_SECONDS = 0.05
+MARKED_TOGETHER = 100
 
 
 def celery_app(settings: Settings) -> Celery:
@@ -56,6 +57,11 @@ def celery_app(settings: Settings) -> Celery:
 
     Producers (API, relay) use it as it is; `worker.app` adds tasks and what only consumers need.
     """
+    # Here and below not at the top: whoever only asks SQL imports this module too, and a tenth of the API's start would
+    # be Celery and Redis.
+    from celery import Celery
+    from kombu import Queue
+
     app = Celery("enlarger", broker=settings.redis_url, set_as_current=False)
     app.conf.update(
         broker_transport_options={
@@ -73,7 +79,7 @@ def celery_app(settings: Settings) -> Celery:
             "health_check_interval": 10,
             # A retry after a lost reply would repeat the LPUSH: one more duplicate for nothing.
             "retry_on_timeout": False,
-            # Interactive queues come first in the worker's list and are emptied first.
+            # Interactive queues come first in the worker's list. Which job a message leads to is SQL's to say.
             "queue_order_strategy": "priority",
         },
         # A worker outlives any outage of Redis, also one in which it is started: the default gives up after 100 tries.
@@ -125,33 +131,34 @@ class JobMessage:
 
     job_id: str
     queue: str
-    expected_seconds: float
 
 
 def message_of(job: Job) -> JobMessage:
-    return JobMessage(job.id, job.queue, job.expected_seconds)
+    return JobMessage(job.id, job.queue)
 
 
 class Broker:
     """Publishes. One per process; connects when first used."""
 
     def __init__(self, settings: Settings) -> None:
-        self._celery = celery_app(settings)
-        self._redis = redis.Redis.from_url(
-            settings.redis_url, socket_timeout=5, socket_connect_timeout=2, decode_responses=True
+        self._settings = settings
+
+    @functools.cached_property
+    def _celery(self) -> Celery:
+        return celery_app(self._settings)
+
+    @functools.cached_property
+    def _redis(self) -> redis.Redis:
+        import redis
+
+        return redis.Redis.from_url(
+            self._settings.redis_url, socket_timeout=5, socket_connect_timeout=2, decode_responses=True
         )
 
     def publish_job(self, message: JobMessage, *, task: str = RUN_JOB) -> None:
         """`task` is HELP_JOB to ask for help with one shard of it. Raises BrokerUnavailable; the message may or may not
         have been queued then."""
-        limit_seconds = max(LEAST_TIME_LIMIT_SECONDS, int(TIME_LIMIT_FACTOR * message.expected_seconds))
-        self._send(
-            task,
-            [message.job_id],
-            message.queue,
-            time_limit=limit_seconds,
-            soft_time_limit=limit_seconds - SOFT_LIMIT_EARLIER_SECONDS,
-        )
+        self._send(task, [message.job_id], message.queue)
 
     def publish_chore(self, task: str, *args: str) -> None:
         """Raises BrokerUnavailable; the message may or may not have been queued then."""
@@ -159,6 +166,8 @@ class Broker:
 
     def generation(self) -> str:
         """The value of GENERATION_KEY, made where it is missing. Raises BrokerUnavailable."""
+        import redis
+
         try:
             self._redis.set(GENERATION_KEY, secrets.token_hex(8), nx=True)
             return str(self._redis.get(GENERATION_KEY))
@@ -167,18 +176,28 @@ class Broker:
 
     def ping(self) -> None:
         """Raises BrokerUnavailable."""
+        import redis
+
         try:
             self._redis.ping()
         except redis.RedisError as error:
             raise BrokerUnavailable("Redis does not answer.") from error
 
-    def close(self) -> None:
-        self._celery.close()
-        self._redis.close()
+    def warm_up(self) -> None:
+        """Loads what the first message would; connects to nothing."""
+        _ = self._celery, self._redis
 
-    def _send(self, task: str, args: Sequence[str], queue_name: str, **limits: Any) -> None:
+    def close(self) -> None:
+        for name in ("_celery", "_redis"):
+            if name in self.__dict__:
+                getattr(self, name).close()
+
+    def _send(self, task: str, args: Sequence[str], queue_name: str) -> None:
+        import redis
+        from kombu.exceptions import KombuError, OperationalError
+
         try:
-            self._celery.send_task(task, args=list(args), queue=queue_name, ignore_result=True, **limits)
+            self._celery.send_task(task, args=list(args), queue=queue_name, ignore_result=True)
         except (KombuError, OperationalError, redis.RedisError, OSError) as error:
             raise BrokerUnavailable("The message could not be sent.") from error
 
@@ -222,29 +241,48 @@ class Hurrier:
     def _run(self) -> None:
         ended = False
         while not ended:
-            batch = [self._waiting.get()]
-            while len(batch) < 100:
-                try:
-                    batch.append(self._waiting.get_nowait())
-                except queue.Empty:
-                    break
-            messages = [message for message in batch if message is not None]
-            ended = len(messages) < len(batch)
-            self._publish_all(messages)
+            first = self._waiting.get()
+            ended = first is None or self._hurry(first)
 
-    def _publish_all(self, batch: Sequence[JobMessage]) -> None:
+    def _hurry(self, first: JobMessage) -> bool:
+        """Publishes this job and those that come within MARK_AFTER_SECONDS, each at once, and marks them together. True
+        where the end was announced."""
+        mark_at = time.monotonic() + MARK_AFTER_SECONDS
         sent: list[str] = []
-        if not batch:
-            return
+        message: JobMessage | None = first
+        ended = False
         try:
             generation = self._broker.generation()
-            for message in batch:
+            while message is not None:
                 self._broker.publish_job(message)
                 sent.append(message.job_id)
+                left_seconds = mark_at - time.monotonic()
+                if left_seconds <= 0 or len(sent) == MARKED_TOGETHER:
+                    break
+                try:
+                    message = self._waiting.get(timeout=left_seconds)
+                except queue.Empty:
+                    break
+                ended = message is None
         except BrokerUnavailable as error:
-            log.warning("outbox.hurry_failed", unsent=len(batch) - len(sent), detail=error.detail)
-        if not sent:
-            return
+            # Those that wait would fail likewise, each after its own time.
+            unsent, ended = self._drop()
+            log.warning("outbox.hurry_failed", unsent=1 + unsent, detail=error.detail)
+        if sent:
+            self._mark(sent, generation)
+        return ended
+
+    def _drop(self) -> tuple[int, bool]:
+        """Throws away what waits, at most MARKED_TOGETHER; (how many, whether the end was announced)."""
+        for count in range(MARKED_TOGETHER):
+            try:
+                if self._waiting.get_nowait() is None:
+                    return count, True
+            except queue.Empty:
+                return count, False
+        return MARKED_TOGETHER, False
+
+    def _mark(self, sent: Sequence[str], generation: str) -> None:
         try:
             with self._database.transaction() as session:
                 mark_published(session, sent, generation, clock(session))
@@ -309,7 +347,7 @@ def relay_due(database: Database, broker: Broker, settings: Settings, *, stoppin
         )
     for position, shard in enumerate(free):
         try:
-            broker.publish_job(JobMessage(shard.job_id, shard.queue, shard.expected_seconds), task=HELP_JOB)
+            broker.publish_job(JobMessage(shard.job_id, shard.queue), task=HELP_JOB)
         except BrokerUnavailable:
             with database.transaction() as session:
                 shards.not_sent(session, free[position:])

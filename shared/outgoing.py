@@ -15,12 +15,15 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import SplitResult, urlsplit
 
-import httpx
-
 from shared.errors import BlockedUrl, BodyTooLarge, FetchFailed
+
+if TYPE_CHECKING:
+    import ssl
+
+    import httpx
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -34,6 +37,9 @@ _TUNNELS = (ipaddress.IPv6Network("2002::/16"), ipaddress.IPv6Network("2001::/32
 @functools.cache
 def _tls() -> ssl.SSLContext:
     """What every client connects with: to read the certificates of this machine takes 20 ms."""
+    # Here and below: httpx comes with the first address that somebody names, not with the start of every process.
+    import httpx
+
     return httpx.create_ssl_context()
 
 
@@ -51,7 +57,6 @@ class GuardedClient:
 
     def __init__(self, allowed_private: Sequence[str] = ()) -> None:
         self._allowed: tuple[Network, ...] = tuple(ipaddress.ip_network(block) for block in allowed_private)
-        self._ssl = _tls()
 
     def check(self, url: str) -> None:
         """Raises BlockedUrl where the address may not be reached as things are now, FetchFailed where it has none."""
@@ -96,6 +101,8 @@ class GuardedClient:
         body: bytes | None = None,
         headers: dict[str, str] | None = None,
     ) -> Iterator[httpx.Response]:
+        import httpx
+
         parts = _split(url)
         host = parts.hostname or ""
         address = self._resolve(parts)
@@ -113,9 +120,7 @@ class GuardedClient:
         try:
             with (
                 deadline,
-                httpx.Client(
-                    verify=self._ssl, trust_env=False, follow_redirects=False, timeout=timeout_seconds
-                ) as client,
+                httpx.Client(verify=_tls(), trust_env=False, follow_redirects=False, timeout=timeout_seconds) as client,
                 client.stream(
                     method,
                     target,

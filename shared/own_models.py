@@ -11,7 +11,6 @@ from dataclasses import asdict
 from datetime import datetime
 
 from sqlalchemy import delete, select
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from shared.catalog import ModelCard, OwnFile
@@ -20,6 +19,9 @@ from shared.models import OwnModel
 
 def offer(session: Session, cards: Sequence[ModelCard], *, now: datetime) -> None:
     """Writes the cards of one folder down in place of those there were. The folder is the same for every worker."""
+    # Not at the top: the API, which only reads here, would load both dialects with every driver there is.
+    from sqlalchemy.dialects import postgresql, sqlite
+
     session.execute(delete(OwnModel).where(OwnModel.name.not_in([card.name for card in cards])))
     # Workers start together and say the same: by name, so that none waits for one that waits for it.
     insert = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert

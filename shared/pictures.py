@@ -7,6 +7,8 @@ UploadRejected; a picture that is merely odd is described, not judged.
 
 from __future__ import annotations
 
+import functools
+import io
 import os
 import struct
 import warnings
@@ -14,13 +16,15 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import IO, Any, BinaryIO, Literal, cast
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, Literal, cast
 
 from PIL import Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
-from pydantic import TypeAdapter, ValidationError
 
 from shared.errors import FormatCannotHoldSize, InvalidImage, OutputTooLarge, TooManyPixels, UnsupportedFormat
 from shared.sandbox import Limits, Sandbox, Task
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 
 @dataclass(frozen=True)
@@ -175,12 +179,18 @@ def inspect_in(sandbox: Sandbox, file: BinaryIO, *, max_px: int) -> PictureFacts
     )
     told, _ = sandbox.run("inspect", file, limits, max_px=max_px)
     try:
-        return _TOLD_FACTS.validate_python(told)
-    except ValidationError as error:
+        return _told_facts().validate_python(told)
+    # pydantic's ValidationError is one.
+    except ValueError as error:
         raise InvalidImage("The picture's decoder broke off while reading it.") from error
 
 
-_TOLD_FACTS = TypeAdapter(PictureFacts)
+@functools.cache
+def _told_facts() -> TypeAdapter[PictureFacts]:
+    # Not at the top: the warm process needs none of it, and every child pays for each megabyte it holds.
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(PictureFacts)
 
 
 def _inspect_task(file: BinaryIO, _output: BinaryIO, *, max_px: int) -> dict[str, Any]:
@@ -189,6 +199,18 @@ def _inspect_task(file: BinaryIO, _output: BinaryIO, *, max_px: int) -> dict[str
 
 # What a sandbox of this module does.
 SANDBOXED: Mapping[str, Task] = {"inspect": _inspect_task}
+
+
+def warm_up() -> None:
+    """In a sandbox's warm process: what the first picture makes Pillow do (load its readers, compile its patterns) is
+    done once, and not by every child."""
+    # Loads the usual readers; the others are named.
+    from PIL import AvifImagePlugin, MpoImagePlugin, WebPImagePlugin  # noqa: F401
+
+    for name in ("PNG", "JPEG", "TIFF", "BMP", "WEBP"):
+        file = io.BytesIO()
+        Image.new("RGB", (1, 1)).save(file, name)
+        inspect(file)
 
 
 def sniff(file: BinaryIO) -> Format:

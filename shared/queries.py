@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Generic, TypeVar, TypeVarTuple
 
-from sqlalchemy import Row, Select, and_, case, func, or_, select
+from sqlalchemy import Row, Select, and_, bindparam, case, exists, func, or_, select, tuple_
 from sqlalchemy.orm import Session, aliased
 
 from shared.errors import InvalidRequest, NotFound
@@ -135,10 +136,17 @@ def delivery_view(delivery: Delivery) -> dict[str, Any]:
 
 def owned_job(session: Session, job_id: str, owner_key_id: str) -> Job:
     """The job, where it belongs to this key. Raises NotFound, the same for a stranger's job as for none at all."""
-    job = session.scalar(select(Job).where(Job.id == job_id, Job.owner_key_id == owner_key_id))
+    job = session.scalar(_owned_job(), {"job_id": job_id, "owner_key_id": owner_key_id})
     if job is None:
         raise NotFound("There is no such job.")
     return job
+
+
+# Here and below, what each submit and each poll ask is put together once: SQLAlchemy takes longer to build a statement
+# than SQLite to answer it. Once, but not while modules load: the first statement has every row's mapper made.
+@functools.cache
+def _owned_job() -> Select[Job]:
+    return select(Job).where(Job.id == bindparam("job_id"), Job.owner_key_id == bindparam("owner_key_id"))
 
 
 def any_job(session: Session, job_id: str) -> Job:
@@ -161,13 +169,55 @@ def key_names(session: Session, key_ids: Iterable[str]) -> dict[str, str]:
 
 
 def queue_position(session: Session, job: Job) -> int | None:
-    """1 for the queued job that is next on its queue; None for a job that is not queued."""
+    """1 for the queued job that is next on its queue; None for a job that is not queued.
+
+    It grows where somebody hands in a job whose share comes first.
+    """
     if job.state != JobState.QUEUED:
         return None
-    ahead = session.scalar(
-        select(func.count()).where(Job.state == JobState.QUEUED, Job.queue == job.queue, Job.id < job.id)
+    place = {"queue": job.queue, "start_tag_px": job.start_tag_px, "job_id": job.id}
+    return (session.scalar(_ahead(), place) or 0) + 1
+
+
+@functools.cache
+def _ahead() -> Select[int]:
+    return select(func.count()).where(
+        Job.state == JobState.QUEUED,
+        Job.queue == bindparam("queue"),
+        tuple_(Job.start_tag_px, Job.id)
+        < tuple_(bindparam("start_tag_px", type_=Job.start_tag_px.type), bindparam("job_id")),
     )
-    return (ahead or 0) + 1
+
+
+def start_tag_px(session: Session, owner_key_id: str, queue: str) -> int:
+    """Where the next job of this key would stand in the queue: the start tag of start-time fair queueing (Goyal, Vin
+    and Cheng, 1996), in px of results. One SELECT of index look-ups.
+
+    A job starts where the key's one before it ends, but not before the queue's present: keys that have jobs waiting
+    are served as many px each, and one that has had none for a while gains nothing by it. The present is the tag of
+    what runs; where jobs run that were given back, of what is next. All of it is read from the jobs, so that a job
+    taken back or deleted is no burden to its key.
+    """
+    of_queue = {
+        state: select(found(Job.start_tag_px)).where(Job.state == state, Job.queue == queue).scalar_subquery()
+        for state, found in (
+            (JobState.RUNNING, func.max),
+            (JobState.QUEUED, func.min),
+            (JobState.SUCCEEDED, func.max),
+        )
+    }
+    of_key = [
+        select(Job.start_tag_px + Job.output_px)
+        .where(Job.owner_key_id == owner_key_id, Job.state == state, Job.queue == queue)
+        .order_by(Job.start_tag_px.desc())
+        .limit(1)
+        .scalar_subquery()
+        for state in of_queue
+    ]
+    running, queued, done, *ends = session.execute(select(*of_queue.values(), *of_key)).one()
+    under_way = [tag for tag in (running, queued) if tag is not None]
+    present = min(under_way) if under_way else (done or 0)
+    return max(present, *(end or 0 for end in ends))
 
 
 @dataclass(frozen=True)
@@ -186,23 +236,30 @@ class Pulse:
 
 def pulse(session: Session, job_id: str, owner_key_id: str) -> Pulse:
     """One SELECT, whatever the queue's length. Raises NotFound as `owned_job` does."""
-    other = aliased(Job)
-    ahead = (
-        select(func.count())
-        .where(other.state == JobState.QUEUED, other.queue == Job.queue, other.id < Job.id)
-        .scalar_subquery()
-    )
-    row = session.execute(
-        select(
-            Job.version,
-            Job.state,
-            Job.cancel_requested_at,
-            case((Job.state == JobState.QUEUED, ahead + 1)).label("queue_position"),
-        ).where(Job.id == job_id, Job.owner_key_id == owner_key_id)
-    ).one_or_none()
+    row = session.execute(_pulse(), {"job_id": job_id, "owner_key_id": owner_key_id}).one_or_none()
     if row is None:
         raise NotFound("There is no such job.")
     return Pulse(row.version, JobState(row.state), row.cancel_requested_at is not None, row.queue_position)
+
+
+@functools.cache
+def _pulse() -> Select[int, JobState, datetime | None, int | None]:
+    other = aliased(Job)
+    ahead = (
+        select(func.count())
+        .where(
+            other.state == JobState.QUEUED,
+            other.queue == Job.queue,
+            tuple_(other.start_tag_px, other.id) < tuple_(Job.start_tag_px, Job.id),
+        )
+        .scalar_subquery()
+    )
+    return select(
+        Job.version,
+        Job.state,
+        Job.cancel_requested_at,
+        case((Job.state == JobState.QUEUED, ahead + 1)).label("queue_position"),
+    ).where(Job.id == bindparam("job_id"), Job.owner_key_id == bindparam("owner_key_id"))
 
 
 Ts = TypeVarTuple("Ts")
@@ -396,6 +453,34 @@ def serving_workers(session: Session, *, worker_lost_after_seconds: float, now: 
     return [worker for worker in alive if worker.drained_at is None]
 
 
+def likely_next(
+    session: Session, queues: Sequence[str], *, worker_id: str, worker_lost_after_seconds: float, now: datetime
+) -> Job | None:
+    """The job that this worker will probably be sent next: the first of its first queue that holds any.
+
+    A guess, for work that may be in vain. None where nothing waits, or where another worker serves one of the queues:
+    who of them will be sent which job is the broker's to say.
+    """
+    for worker in serving_workers(session, worker_lost_after_seconds=worker_lost_after_seconds, now=now):
+        if worker.id != worker_id and not set(queues).isdisjoint(worker.queues):
+            return None
+    for queue in queues:
+        job = session.scalar(
+            select(Job)
+            .where(
+                Job.state == JobState.QUEUED,
+                Job.queue == queue,
+                or_(Job.run_after.is_(None), Job.run_after <= now),
+                ~exists().where(QueuePause.queue == Job.queue),
+            )
+            .order_by(Job.start_tag_px, Job.id)
+            .limit(1)
+        )
+        if job is not None:
+            return job
+    return None
+
+
 def tallies(session: Session, *, now: datetime, within_seconds: float = 600) -> Sequence[Row[Any]]:
     """(id, kind, tallies) of every process heard of lately, those that have stopped included: their last numbers count
     too, and a scrape must have time to see them."""
@@ -423,10 +508,23 @@ def counts_by_state(session: Session) -> dict[str, int]:
 
 
 def gpu_is_alive(session: Session, *, worker_lost_after_seconds: float, now: datetime) -> bool:
-    """A live GPU worker serves the gpu queues: `auto` jobs go there."""
-    return any(
-        worker.device == "gpu"
-        for worker in serving_workers(session, worker_lost_after_seconds=worker_lost_after_seconds, now=now)
+    """A live GPU worker serves the gpu queues: `auto` jobs go there. Asked at each submit, so of SQL and without rows:
+    those carry all that their processes have counted."""
+    since = now - timedelta(seconds=worker_lost_after_seconds)
+    return session.scalar(_live_gpu(), {"since": since}) is not None
+
+
+@functools.cache
+def _live_gpu() -> Select[str]:
+    return (
+        select(Worker.id)
+        .where(
+            Worker.device == "gpu",
+            Worker.stopped_at.is_(None),
+            Worker.drained_at.is_(None),
+            Worker.seen_at > bindparam("since"),
+        )
+        .limit(1)
     )
 
 
@@ -434,6 +532,28 @@ def image_queue(device: str, priority: str, *, gpu_alive: bool) -> str:
     """The queue for a job: its device (`auto`: a GPU where one is alive, else CPU) and its priority."""
     kind = device if device != "auto" else ("gpu" if gpu_alive else "cpu")
     return f"{kind}.{priority}"
+
+
+def stranded_queues(session: Session, *, worker_lost_after_seconds: float, now: datetime) -> list[tuple[str, str]]:
+    """(from, to) of queues whose `auto` jobs would be served elsewhere: those of GPUs while no GPU is left, those of
+    CPUs while there is one.
+
+    A worker that stopped lately counts as there: it is being replaced, and what waits for a GPU would take a CPU long.
+    """
+    heard = session.execute(
+        select(Worker.queues, Worker.device, Worker.stopped_at).where(
+            Worker.seen_at > now - timedelta(seconds=worker_lost_after_seconds), Worker.drained_at.is_(None)
+        )
+    ).all()
+    alive = [worker for worker in heard if worker.stopped_at is None]
+    found = []
+    for priority in ("interactive", "bulk"):
+        gpu, cpu = image_queue("gpu", priority, gpu_alive=True), image_queue("cpu", priority, gpu_alive=True)
+        if any(worker.device == "gpu" and gpu in worker.queues for worker in alive):
+            found.append((cpu, gpu))
+        elif any(cpu in worker.queues for worker in alive) and not any(gpu in worker.queues for worker in heard):
+            found.append((gpu, cpu))
+    return found
 
 
 @dataclass(frozen=True)
@@ -573,13 +693,23 @@ def deliveries_pending(session: Session) -> int:
     return session.scalar(select(func.count()).where(Delivery.state == DeliveryState.PENDING)) or 0
 
 
-def expected_wait_seconds(session: Session, queue: str, *, worker_lost_after_seconds: float, now: datetime) -> float:
-    """Work queued ahead on a queue over the workers that serve it, from the expectation written at submit."""
-    work = session.scalar(
-        select(func.coalesce(func.sum(Job.expected_seconds), 0.0)).where(
-            Job.queue == queue, or_(Job.state == JobState.QUEUED, Job.state == JobState.RUNNING)
-        )
-    )
+def expected_wait_seconds(
+    session: Session, queue: str, *, worker_lost_after_seconds: float, now: datetime, before_tag_px: int | None = None
+) -> float:
+    """Work ahead on a queue over the workers that serve it, from the expectation written at submit.
+
+    Ahead is all that runs and waits there; with `before_tag_px` only what waits before a job with that start tag. What
+    waits in the interactive queue of the same device is ahead of a bulk job too.
+    """
+    ahead = Job.state == JobState.QUEUED
+    if before_tag_px is not None:
+        ahead = and_(ahead, Job.start_tag_px <= before_tag_px)
+    of_work = or_(ahead, Job.state == JobState.RUNNING)
+    device, _, priority = queue.partition(".")
+    of_queue = and_(Job.queue == queue, of_work)
+    if priority == "bulk":
+        of_queue = or_(of_queue, and_(Job.queue == f"{device}.interactive", Job.state == JobState.QUEUED))
+    work = session.scalar(select(func.coalesce(func.sum(Job.expected_seconds), 0.0)).where(of_queue))
     workers = serving_workers(session, worker_lost_after_seconds=worker_lost_after_seconds, now=now)
     serving = sum(queue in worker.queues for worker in workers)
     return float(work or 0.0) / max(1, serving)

@@ -30,23 +30,29 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from shared.errors import EnlargerError, InternalError, InvalidImage, Unavailable, UploadRejected
-from shared.telemetry import log
+
+if TYPE_CHECKING:
+    from structlog.stdlib import BoundLogger
 
 Task = Callable[..., Any]
 """Called in the child as `task(file, output, **arguments)`: two binary files, the first read-only, the second empty and
-only to be written. What it returns goes home as JSON. A module names its tasks in `SANDBOXED`."""
+only to be written. What it returns goes home as JSON. A module names its tasks in `SANDBOXED`; where it has a function
+`warm_up`, the warm process calls it once, before it makes children."""
 
 START_SECONDS = 60.0
 """Importing the decoders takes half a second on a machine that has nothing else to do."""
+KEPT_IN_MEMORY_BYTES = 32 * 2**20
+"""What a child has written stays in memory up to this; more goes to disk."""
 _REQUEST_BYTES = 64 * 1024
 _ANSWER_BYTES = 2**20
 _CHILD_FILES = 64
@@ -99,11 +105,11 @@ class Sandbox:
             self._start()
 
     def run(self, task: str, file: BinaryIO, limits: Limits, **arguments: Any) -> tuple[Any, mmap.mmap | None]:
-        """What the task answered, and what it wrote: mapped, not copied; None where that is nothing.
+        """What the task answered, and what it wrote: mapped; None where that is nothing.
 
         `file` is seekable; its position does not matter and is 0 afterwards. Raises UploadRejected where the task did,
         InvalidImage where the child died of the file, InternalError for a fault of ours in the task, Unavailable where
-        no answer came in time or there is no warm process.
+        no answer came in time or there is no warm process, OSError where the disk has no room for what it wrote.
         """
         output_fd = os.memfd_create("enlarger-output", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
@@ -144,7 +150,7 @@ class Sandbox:
                 return
             except OSError:
                 # It has died since it was last asked: another takes its place, once.
-                log.warning("sandbox.lost", module=self._module)
+                _log().warning("sandbox.lost", module=self._module)
                 with self._lock:
                     if self._control is control:
                         self._stop()
@@ -214,6 +220,13 @@ class Sandbox:
             self._process = None
 
 
+def _log() -> BoundLogger:
+    # Not at the top: the warm process is this module too, and every child pays for each megabyte it holds.
+    from shared.telemetry import log
+
+    return log
+
+
 @contextlib.contextmanager
 def _read_only(file: BinaryIO) -> Iterator[int]:
     """A descriptor of the file's content with a position of its own, which cannot be written by."""
@@ -242,10 +255,20 @@ def _read_only(file: BinaryIO) -> Iterator[int]:
 
 
 def _mapped(fd: int) -> mmap.mmap | None:
-    """The output, its size sealed first: a child that lives on against all rules cannot pull it away from under us."""
+    """The output, its size sealed first: a child that lives on against all rules cannot pull it away from under us.
+
+    A large one moves to a file of this process on disk, without a name: what nobody looks at is then the kernel's cache
+    and no memory of ours. Raises OSError where there is no room for it.
+    """
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
     size = os.fstat(fd).st_size
-    return mmap.mmap(fd, size) if size else None
+    if size <= KEPT_IN_MEMORY_BYTES:
+        return mmap.mmap(fd, size) if size else None
+    with tempfile.TemporaryFile() as file:
+        moved = 0
+        while moved < size:
+            moved += os.sendfile(file.fileno(), fd, moved, size - moved)
+        return mmap.mmap(file.fileno(), size)
 
 
 def _object(line: bytes) -> dict[str, Any]:
@@ -272,7 +295,7 @@ def _believed(said: Mapping[str, Any], exit_code: int) -> Any:
         if said.get("error") == kind.__name__:
             facts = said.get("facts")
             raise _rebuilt(kind, str(said.get("detail"))[:1000], facts if isinstance(facts, dict) else {})
-    log.error("sandbox.fault", fault=str(said.get("fault"))[:4000])
+    _log().error("sandbox.fault", fault=str(said.get("fault"))[:4000])
     raise InternalError("Reading the picture failed in a way nobody foresaw.")
 
 
@@ -405,7 +428,10 @@ def main() -> None:
     # A terminal's ^C and a supervisor's notice go to the whole group; this process ends when its owner does.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
-    tasks: Mapping[str, Task] = importlib.import_module(module).SANDBOXED
+    named = importlib.import_module(module)
+    tasks: Mapping[str, Task] = named.SANDBOXED
+    if hasattr(named, "warm_up"):
+        named.warm_up()
     # What is there already is never collected, so that children do not copy its pages.
     gc.collect()
     gc.freeze()

@@ -120,6 +120,12 @@ class Settings(BaseSettings):
         "auto", description="Device of this image worker; auto is a GPU where there is one."
     )
     worker_concurrency: int = Field(1, gt=0, description="Image worker processes on this host; one job each.")
+    bulk_after_interactive_jobs: int = Field(
+        4,
+        gt=0,
+        description="Interactive jobs come first; after so many of them in a row a worker process takes a bulk job, "
+        "where one waits.",
+    )
     chores_concurrency: int = Field(4, gt=0, description="Chores (webhooks, sweeps) done at once by one chores worker.")
     torch_threads: int = Field(
         0, ge=0, description="Threads of the network in each process; 0 is cores / worker_concurrency."

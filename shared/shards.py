@@ -213,13 +213,13 @@ def of_job(session: Session, job_id: str) -> Sequence[Shard]:
 
 def due(
     session: Session, *, max_tries: int, resend_after_seconds: float, now: datetime
-) -> Sequence[Row[str, int, str, float]]:
-    """(job_id, position, queue, expected_seconds) of each shard to send a message for, marked as sent.
+) -> Sequence[Row[str, int, str]]:
+    """(job_id, position, queue) of each shard to send a message for, marked as sent.
 
     Those are free and have no message on its way: never sent, sent long ago, or taken since by a worker that was lost.
     """
     waiting = session.execute(
-        select(Shard.job_id, Shard.position, Job.queue, Job.expected_seconds)
+        select(Shard.job_id, Shard.position, Job.queue)
         .join(Job, Job.id == Shard.job_id)
         .where(
             Job.state == JobState.RUNNING,
@@ -246,7 +246,7 @@ def due(
     return waiting
 
 
-def not_sent(session: Session, owed: Sequence[Row[str, int, str, float]]) -> None:
+def not_sent(session: Session, owed: Sequence[Row[str, int, str]]) -> None:
     """Takes back what `due` marked: the broker refused, so there is no message to wait for."""
     for row in owed:
         session.execute(
@@ -254,9 +254,23 @@ def not_sent(session: Session, owed: Sequence[Row[str, int, str, float]]) -> Non
         )
 
 
-def give_messages_back(session: Session, job_id: str) -> None:
-    """A message has come to a worker that may not take it: the relay is to send others."""
-    session.execute(update(Shard).where(Shard.job_id == job_id, Shard.lease_until.is_(None)).values(published_at=None))
+def give_message_back(session: Session, job_id: str) -> None:
+    """A message has come to a worker that takes no shard: the relay is to send another. Messages of one job's shards
+    are worth the same."""
+    given_back = (
+        select(Shard.position)
+        .where(
+            Shard.job_id == job_id,
+            Shard.finished_at.is_(None),
+            Shard.lease_until.is_(None),
+            Shard.published_at.is_not(None),
+        )
+        .order_by(Shard.position)
+        .limit(1)
+        .with_for_update()
+        .scalar_subquery()
+    )
+    session.execute(update(Shard).where(Shard.job_id == job_id, Shard.position == given_back).values(published_at=None))
 
 
 def clock_jumped(session: Session, *, lease_seconds: float, now: datetime) -> None:

@@ -61,6 +61,8 @@ SERVICE_FILE = "service.json"
 """In the data folder while the service runs: its url, api_key and sign_in_url, for this user's other commands."""
 
 USUAL_PORT = 8000
+API_PROCESSES = 1
+"""Of the API, where a whole service runs on one machine."""
 # Importing torch from a cold disk takes most of a minute on a slow machine.
 START_TIMEOUT_SECONDS = 180.0
 # An image worker gives its job back between two tiles, which take at most 5 s each.

@@ -10,27 +10,28 @@ them: thumbnails (`shared.thumbnails`), `.../preview-<attempt>/*` (`shared.previ
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, partial
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import quote, urlsplit
-
-import boto3
-from boto3.s3.transfer import TransferConfig
-from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
-from s3transfer.exceptions import RetriesExceededError
 
 from shared.errors import BlobMissing, DiskFull, StorageUnavailable
 from shared.settings import Settings
 from shared.telemetry import tallies
 
+if TYPE_CHECKING:
+    import boto3
+
 # Below this one PUT; above, a multipart upload whose parts go up while the next is read.
 MULTIPART_BYTES = 16 * 1024 * 1024
+# Up to this a blob is read whole and sent at once: most of the pictures that are handed in, and all small ones beside
+# results.
+ONE_GULP_BYTES = 1024 * 1024
 LEAST_PART_BYTES = 5 * 1024 * 1024
 """S3 takes no smaller part of a multipart upload, but for the last."""
 STREAM_CHUNK_BYTES = 256 * 1024
@@ -54,6 +55,10 @@ class Storage:
 
     def __init__(self, settings: Settings, *, silence_seconds: float | None = None, tries: int = 3) -> None:
         """`silence_seconds` (None: the setting) ends a try, and `tries` are made: how long a caller can be held."""
+        # Not at the top, here and below: what names a Storage and makes none is spared a tenth of a second.
+        from boto3.s3.transfer import TransferConfig
+        from botocore.config import Config
+
         silence_seconds = silence_seconds or settings.storage_timeout_seconds
         self.bucket = settings.storage_bucket
         self._link_seconds = settings.presigned_link_seconds
@@ -62,6 +67,8 @@ class Storage:
             read_timeout=silence_seconds,
             retries={"mode": "standard", "total_max_attempts": tries},
             max_pool_connections=50,
+            # boto3's own is put together anew for each request, which takes longer than to sign it.
+            user_agent="enlarger",
             signature_version="s3v4",
             # Path style: an embedded or self-hosted server has no wildcard DNS for its buckets.
             s3={"addressing_style": "path"} if settings.storage_endpoint_url else {},
@@ -93,6 +100,8 @@ class Storage:
 
     def ensure_bucket(self) -> None:
         """Makes the bucket where it is missing."""
+        from botocore.exceptions import ClientError
+
         with _translated():
             try:
                 self._client.head_bucket(Bucket=self.bucket)
@@ -114,6 +123,13 @@ class Storage:
         `on_bytes` hears of each chunk sent, from other threads.
         """
         with _translated(key):
+            head = file.read(ONE_GULP_BYTES + 1) if on_bytes is None else None
+            if head is not None and len(head) <= ONE_GULP_BYTES:
+                # In this thread: handing it to boto3's costs more than the request itself.
+                self._client.put_object(Bucket=self.bucket, Key=key, Body=head, ContentType=content_type)
+                return
+            if head is not None:
+                file.seek(-len(head), os.SEEK_CUR)
             self._client.upload_fileobj(
                 _LeftOpen(file),
                 self.bucket,
@@ -122,6 +138,12 @@ class Storage:
                 Callback=on_bytes,
                 Config=self._transfer,
             )
+
+    def begin(self, key: str, content_type: str) -> Upload:
+        """A blob that is sent in parts while it is still being made. Nobody sees it before `Upload.complete`."""
+        with _translated(key):
+            answer = self._client.create_multipart_upload(Bucket=self.bucket, Key=key, ContentType=content_type)
+        return Upload(self._client, self.bucket, key, answer["UploadId"])
 
     def get(self, key: str, file: BinaryIO) -> None:
         """Writes the blob to `file`."""
@@ -171,55 +193,40 @@ class Storage:
         """
         digest, size = hashlib.sha256(), 0
         held = bytearray()
-        names: dict[str, Any] = {"Bucket": self.bucket, "Key": key}
-        etags: list[str] = []
-
-        def numbered() -> dict[str, Any]:
-            return {**names, "PartNumber": len(etags) + 1}
-
-        def send() -> None:
-            etags.append(self._client.upload_part(**numbered(), Body=bytes(held))["ETag"])
-            held.clear()
-
-        with _translated(key):
-            names["UploadId"] = self._client.create_multipart_upload(**names, ContentType=content_type)["UploadId"]
-            try:
-                for piece in pieces:
-                    if isinstance(piece, bytes):
-                        digest.update(piece)
-                        size += len(piece)
-                        held += piece
-                        continue
-                    facts, chunks = self.stream(piece)
-                    # What is held must become a part before another can be copied: it takes the blob's beginning along.
-                    lead = max(0, LEAST_PART_BYTES - len(held)) if held else 0
-                    is_copied = facts.bytes - lead >= LEAST_PART_BYTES
-                    read = 0
-                    for chunk in chunks:
-                        digest.update(chunk)
-                        on_bytes(len(chunk))
-                        held += chunk[: max(0, lead - read)] if is_copied else chunk
-                        read += len(chunk)
-                        if not is_copied and len(held) >= MULTIPART_BYTES:
-                            send()
-                    size += read
-                    if is_copied:
-                        if held:
-                            send()
-                        copied = self._client.upload_part_copy(
-                            **numbered(),
-                            CopySource={"Bucket": self.bucket, "Key": piece},
-                            CopySourceRange=f"bytes={lead}-{read - 1}",
-                        )
-                        etags.append(copied["CopyPartResult"]["ETag"])
-                if held or not etags:
-                    send()
-                parts = [{"PartNumber": number, "ETag": etag} for number, etag in enumerate(etags, 1)]
-                self._client.complete_multipart_upload(**names, MultipartUpload={"Parts": parts})
-            except BaseException:
-                with suppress(ClientError, BotoCoreError):
-                    self._client.abort_multipart_upload(**names)
-                raise
+        upload = self.begin(key, content_type)
+        try:
+            for piece in pieces:
+                if isinstance(piece, bytes):
+                    digest.update(piece)
+                    size += len(piece)
+                    held += piece
+                    continue
+                facts, chunks = self.stream(piece)
+                # What is held must become a part before another can be copied: it takes the blob's beginning along.
+                lead = max(0, LEAST_PART_BYTES - len(held)) if held else 0
+                is_copied = facts.bytes - lead >= LEAST_PART_BYTES
+                read = 0
+                for chunk in chunks:
+                    digest.update(chunk)
+                    on_bytes(len(chunk))
+                    held += chunk[: max(0, lead - read)] if is_copied else chunk
+                    read += len(chunk)
+                    if not is_copied and len(held) >= MULTIPART_BYTES:
+                        upload.send(bytes(held))
+                        held.clear()
+                size += read
+                if is_copied:
+                    if held:
+                        upload.send(bytes(held))
+                        held.clear()
+                    upload.copy(piece, lead, read - lead)
+            if held or not size:
+                upload.send(bytes(held))
+            upload.complete()
+        except BaseException:
+            with suppress(StorageUnavailable):
+                upload.abort()
+            raise
         return size, digest.hexdigest()
 
     def remove(self, prefix: str) -> int:
@@ -289,6 +296,46 @@ class Storage:
         self._signer.close()
 
 
+class Upload:
+    """A multipart upload under way. One thread at a time; every method raises StorageUnavailable.
+
+    One that is neither completed nor aborted leaves its parts behind, which `Storage.abort_uploads` finds.
+    """
+
+    def __init__(self, client: Any, bucket: str, key: str, upload_id: str) -> None:
+        self._client = client
+        self._where = {"Bucket": bucket, "Key": key, "UploadId": upload_id}
+        self._etags: list[str] = []
+
+    def send(self, part: bytes) -> None:
+        """The next part: LEAST_PART_BYTES or more, unless it is the last."""
+        with _translated(self._where["Key"]):
+            answer = self._client.upload_part(**self._where, PartNumber=len(self._etags) + 1, Body=part)
+        self._etags.append(answer["ETag"])
+
+    def copy(self, source_key: str, start: int, length: int) -> None:
+        """The next part: these bytes of another blob, copied within storage; LEAST_PART_BYTES or more, unless last."""
+        with _translated(source_key):
+            answer = self._client.upload_part_copy(
+                **self._where,
+                PartNumber=len(self._etags) + 1,
+                CopySource={"Bucket": self._where["Bucket"], "Key": source_key},
+                CopySourceRange=f"bytes={start}-{start + length - 1}",
+            )
+        self._etags.append(answer["CopyPartResult"]["ETag"])
+
+    def complete(self) -> None:
+        """The parts become the blob, at once and whole."""
+        parts = [{"PartNumber": number, "ETag": etag} for number, etag in enumerate(self._etags, 1)]
+        with _translated(self._where["Key"]):
+            self._client.complete_multipart_upload(**self._where, MultipartUpload={"Parts": parts})
+
+    def abort(self) -> None:
+        """The parts go."""
+        with _translated(self._where["Key"]):
+            self._client.abort_multipart_upload(**self._where)
+
+
 class _LeftOpen:
     """A file that boto3 cannot close, as it does with what it has sent: the file is the caller's."""
 
@@ -311,6 +358,8 @@ def content_disposition(disposition: str, file_name: str) -> str:
 @cache
 def _sdk() -> boto3.session.Session:
     """Each of boto3's sessions reads its descriptions of services anew, 0.1 s: one for all clients of the process."""
+    import boto3
+
     return boto3.session.Session()
 
 
@@ -326,6 +375,10 @@ def _request_ends(context: dict[str, Any], model: Any, **_: Any) -> None:
 
 @contextmanager
 def _translated(key: str = "") -> Iterator[None]:
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError
+    from s3transfer.exceptions import RetriesExceededError
+
     try:
         yield
     except ClientError as error:
@@ -333,7 +386,7 @@ def _translated(key: str = "") -> Iterator[None]:
         if code in _MISSING_CODES:
             raise BlobMissing("There is no such blob.", key=key) from error
         raise StorageUnavailable(f"Object storage refused: {code}.", retry_after_seconds=5) from error
-    except (BotoCoreError, boto3.exceptions.Boto3Error, RetriesExceededError, OSError) as error:
+    except (BotoCoreError, Boto3Error, RetriesExceededError, OSError) as error:
         # What is fetched is written to a file of this host.
         if isinstance(error, OSError) and error.errno in DiskFull.ERRNOS:
             raise DiskFull from error

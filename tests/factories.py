@@ -4,10 +4,13 @@ so no factory can build a row that could not exist."""
 from __future__ import annotations
 
 import io
+import math
+import random
 from datetime import datetime, timedelta
 from typing import Any
 
 from PIL import Image
+from sqlalchemy import insert, select
 from sqlalchemy.orm import Session
 
 from shared import jobs, keys
@@ -116,6 +119,42 @@ def a_job_in(state: JobState, session: Session, key: ApiKey | str, now: datetime
     return job, claim
 
 
+def many_jobs(session: Session, key: ApiKey | str, count: int, *, now: datetime, queued: float = 0.02) -> list[str]:
+    """A week of work, in a few statements: that share of it `queued`, of the rest nine in ten succeeded. Copies of a
+    job that was handed in. Returns the ids in the order of their making; the last job is a queued one."""
+    chance = random.Random(5)
+    made = a_job(session, key, now)
+    template = dict(session.execute(select(Job.__table__).where(Job.id == made.id)).mappings().one())
+    ended = [JobState.SUCCEEDED] * 92 + [JobState.FAILED] * 5 + [JobState.CANCELED] * 3
+    rows: list[dict[str, Any]] = []
+    for number in range(1, count):
+        at = now - timedelta(days=7) * (count - number) / count
+        state = JobState.QUEUED if chance.random() < queued else chance.choice(ended)
+        is_over, is_made = state != JobState.QUEUED, state == JobState.SUCCEEDED
+        rows.append(
+            {
+                **template,
+                # Not by `new_id`: among 100,000 of the same few milliseconds none is the newest.
+                "id": f"job_{number:026}",
+                "model": chance.choice(("srgan", "srresnet")),
+                "state": state,
+                "created_at": at,
+                "queued_at": at,
+                "attempt": int(is_over),
+                "started_at": at + timedelta(seconds=chance.random()) if is_over else None,
+                "finished_at": at + timedelta(seconds=1 + chance.random() * 9) if is_over else None,
+                "result_width": 1024 if is_made else None,
+                "result_height": 1024 if is_made else None,
+                "result_bytes": 10**6 if is_made else None,
+                "error_code": "invalid-image" if state == JobState.FAILED else None,
+                "error_detail": "not a picture" if state == JobState.FAILED else None,
+            }
+        )
+    for start in range(0, len(rows), 10_000):
+        session.execute(insert(Job), rows[start : start + 10_000])
+    return [*(row["id"] for row in rows), made.id]
+
+
 def a_batch(session: Session, key: ApiKey, now: datetime, *, total: int, webhook_url: str | None = None) -> Batch:
     """A batch row as the API writes it, before the jobs that name it."""
     batch = Batch(
@@ -147,4 +186,17 @@ def a_png(width: int = 16, height: int = 12, seed: int = 1) -> bytes:
     pixels = bytes((x * 7 * seed + y * 3 + c * 80) % 256 for y in range(height) for x in range(width) for c in range(3))
     file = io.BytesIO()
     Image.frombytes("RGB", (width, height), pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def a_scene(width: int, height: int) -> bytes:
+    """As `a_png`, about as hard to compress as a photograph: soft shapes and some noise."""
+    chance = random.Random(3)
+    pixels = bytearray()
+    for y in range(height):
+        for x in range(width):
+            wave = 90 * math.sin(9 * x / width + 4 * y / height)
+            pixels += bytes(int(128 + wave * tint + chance.gauss(0, 6)) for tint in (1.0, 0.8, -0.9))
+    file = io.BytesIO()
+    Image.frombytes("RGB", (width, height), bytes(pixels)).save(file, "PNG")
     return file.getvalue()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import mmap
 import os
 import re
 import struct
@@ -72,6 +73,22 @@ class Picture:
     """The file's own profile, already applied."""
     metadata: SourceMetadata
     warnings: tuple[str, ...]
+    pages: mmap.mmap | None = None
+    """The file that `rgb` and, behind it, `alpha` are mapped from, from its start; None where they lie in memory."""
+
+    def rest(self, top: int, bottom: int) -> None:
+        """The rows from `top` to `bottom` are not needed for now: their pages go, and come again when they are read."""
+        if self.pages is None:
+            return
+        start = 0
+        for plane in (self.rgb, self.alpha):
+            if plane is None:
+                continue
+            row_bytes = plane.nbytes // self.height
+            # Whole pages; one that is needed in part comes again.
+            first = (start + top * row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+            self.pages.madvise(mmap.MADV_DONTNEED, first, start + bottom * row_bytes - first)
+            start += plane.nbytes
 
     @property
     def width(self) -> int:
@@ -162,6 +179,7 @@ def flatten(picture: Picture, background: str) -> Picture:
         alpha=None,
         constant_alpha=None,
         is_gray=picture.is_gray and len(set(color)) == 1,
+        pages=None,
     )
 
 
@@ -252,7 +270,7 @@ def _read_8_bit(file: BinaryIO, facts: PictureFacts) -> _Raw:
         assert converted is not None
         image, profile = converted, None
     if image.mode in ("L", "RGB", "CMYK"):
-        color = np.asarray(image)
+        color = _samples(image)
     elif image.mode in ("LA", "RGBA"):
         samples = np.asarray(image)
         color, alpha = samples[..., :-1], np.ascontiguousarray(samples[..., -1])
@@ -269,6 +287,16 @@ def _read_8_bit(file: BinaryIO, facts: PictureFacts) -> _Raw:
     if color.ndim == 2:
         color = color[..., None]
     return _Raw(color, alpha, orientation, profile, metadata, tuple(warnings))
+
+
+def _samples(image: Image.Image) -> Samples:
+    """(height, width, channels) uint8, of an image of 8 bits. Some rows at a time: Pillow's own way to an array holds
+    them twice more on the way."""
+    samples = np.empty((image.height, image.width, len(image.getbands())), np.uint8)
+    for top in range(0, image.height, 256):
+        bottom = min(top + 256, image.height)
+        samples[top:bottom] = np.asarray(image.crop((0, top, image.width, bottom))).reshape(samples[top:bottom].shape)
+    return samples
 
 
 def _kind_in_words(mode: str) -> str:
@@ -396,7 +424,7 @@ def _srgb(raw: _Raw) -> tuple[Samples, bool, tuple[str, ...]]:
     if channels == 4:
         plain = "The picture is CMYK without a usable profile; its colours were converted by the plain formula."
         return _plain_rgb_of_cmyk(color), False, (*warnings, plain)
-    return np.array(color, order="C"), False, warnings
+    return np.require(color, requirements=("C", "W")), False, warnings
 
 
 def _usable_space(profile: bytes) -> bytes | None:
@@ -723,6 +751,13 @@ def open_encoder(
 
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+WRITTEN_IN_ORDER = frozenset({"png", "jpeg"})
+"""Formats whose file grows at its end and nowhere else; TIFF patches its header, WebP and AVIF come all at once."""
+
+
+def partial_path(path: Path) -> Path:
+    """Where the file for `path` grows until it is complete."""
+    return path.with_name(f"{path.name}.part")
 
 
 class Encoder:
@@ -763,7 +798,7 @@ class Encoder:
         self._width, self._height, self._channels, self._bits = width, height, channels, bits
         self._dtype: np.dtype[Any] = np.dtype(np.uint8 if bits == 8 else np.uint16)
         self._rows_written = 0
-        self._partial = path.with_name(f"{path.name}.part")
+        self._partial = partial_path(path)
         self._error: pyvips.Error | OSError | None = None
         self._is_saved = False
         self._stored = zlib.compressobj(level=0)

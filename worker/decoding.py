@@ -1,7 +1,7 @@
 """The worker's way to a picture: decoded in a child of `shared.sandbox`, and handed over by shared memory.
 
-The child runs `worker.codec`; what comes back is the same Picture. The samples are mapped and not copied: they are in
-memory once, where the child has put them.
+The child runs `worker.codec`; what comes back is the same Picture. The samples are mapped: small ones are in memory
+once, where the child has put them, and large ones in a file, of which those rows are in memory that are being read.
 """
 
 from __future__ import annotations
@@ -193,6 +193,7 @@ def _picture(told: _Told, output: Any) -> Picture:
             exif=content(told.exif_bytes), xmp=content(told.xmp_bytes), dpi=told.dpi, is_broken=told.is_broken
         ),
         warnings=told.warnings,
+        pages=output,
     )
 
 
@@ -205,3 +206,4 @@ def _warmed() -> Mapping[str, Task]:
 
 
 SANDBOXED: Mapping[str, Task] = _warmed()
+warm_up = pictures.warm_up

@@ -6,12 +6,15 @@ same picture.
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol
+from types import TracebackType
+from typing import Any, BinaryIO, Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +31,7 @@ from worker.codec import Encoder, Metadata, Picture, Samples
 from worker.decoding import Decoder, InProcess
 from worker.fidelity import Comparison, Sums
 from worker.networks import Network, load
-from worker.parts import Layout, open_part
+from worker.parts import Layout, PartWriter, open_part
 from worker.tiling import Band, Plan
 from worker.upscale import EnlargedRows, Repairs, Work
 
@@ -37,6 +40,11 @@ from worker.upscale import EnlargedRows, Repairs, Work
 DECODE_PX_PER_SECOND = 2_000_000
 ENCODE_AT_ONCE_PX_PER_SECOND = 1_000_000
 """WebP and AVIF are encoded when the last row is in; all others row by row."""
+
+HELD_BEHIND_BYTES = 32 * 2**20
+"""Finished rows that may wait for the encoder; a band larger than that waits alone."""
+PIECE_BYTES = 2**20
+"""What is encoded and compared of them at a time."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the network has come with the picture."""
+    """How far the network has come with the picture; what it has finished goes on to the encoder at once."""
 
     tiles_done: int
     tiles_total: int
@@ -74,7 +82,7 @@ class Watch(Protocol):
         """A phase begins. `expected_seconds`: how long it may stay silent, generously; 0 where it is soon over."""
 
     def progressed(self, progress: Progress) -> None:
-        """Before the first tile, after each, and within one that takes long; the bands are those that are written."""
+        """Before the first tile, after each, and within one that takes long."""
 
     def routed(self, model: str, reason: str) -> None:
         """`auto` has come to a model."""
@@ -88,7 +96,8 @@ class Onlooker(Protocol):
         is made again. `rows`: of a part of the result the rows that are going to be shown; None is all."""
 
     def made(self, rows: Samples) -> None:
-        """The next rows of the result, from the top, as they go to the encoder."""
+        """The next rows of the result, from the top, as they have gone to the encoder. Called from another thread than
+        `begins`, which has returned by then."""
 
 
 class Unwatched:
@@ -353,7 +362,8 @@ class Making:
     def write_part(
         self, target: Path, bands: tuple[Band, ...], *, in_strips: bool, rows_in_strip: int, precise: bool
     ) -> MadePart:
-        """Some neighbouring bands of the result, the same to the last bit as in the whole that they were planned for.
+        """Some neighbouring bands of the result, as in the whole that they were planned for: the same to the last bit,
+        or in strips to one level of 255.
 
         `in_strips`: as that plan says. Raises as `enlarge`.
         """
@@ -370,24 +380,19 @@ class Making:
             onlooker.begins(self.picture.rgb, self.width, self.height, rows=range(first.y * scale, last.bottom * scale))
         repairs = Repairs()
         comparison = Comparison(self.picture.rgb, scale, part.work.plans, first_row=first.y)
-        with open_part(target, self.layout(rows_in_strip)) as writer:
+        with (
+            open_part(target, self.layout(rows_in_strip)) as writer,
+            _Behind(writer, comparison, self.picture, self.onlookers) as behind,
+        ):
             self.watch.begins("upscale")
             for samples in _Enlarging(part, precise, repairs).rows():
                 with clock.time("encode"):
-                    writer.write(samples)
-                part.look(samples, comparison)
+                    behind.take(samples)
             with clock.time("encode"):
+                behind.finish()
                 facts = writer.close()
+        clock.add("compare", behind.compare_seconds)
         return MadePart(target.stat().st_size, facts, comparison.sums(), repairs, clock.timings)
-
-    def look(self, samples: Samples, comparison: Comparison) -> None:
-        """Shows rows that have gone to the encoder to whoever wants to see them."""
-        with self.clock.time("compare"):
-            comparison.add(samples)
-        if self.onlookers:
-            with self.clock.time("preview"):
-                for onlooker in self.onlookers:
-                    onlooker.made(samples)
 
     def begin(self) -> None:
         """Shows the picture to the onlookers, before the first of its parts."""
@@ -413,17 +418,16 @@ class Making:
                     onlooker.begins(picture.rgb, width, height)
         comparison = Comparison(picture.rgb, self.wanted.scale, self.work.plans)
         encoded_at_once_px = width * height if self.format.name in ("webp", "avif") else 0
-        with self._encoder(target) as encoder:
+        with self._encoder(target) as encoder, _Behind(encoder, comparison, picture, self.onlookers) as behind:
             self.watch.begins("upscale")
             for samples in _Enlarging(self, precise, repairs).rows():
                 with clock.time("encode"):
-                    encoder.write(samples)
-                self.look(samples, comparison)
-            with clock.time("compare"):
-                sums = comparison.sums()
-            report = self.report(sums, repairs, precise=precise, compare_seconds=clock.timings["compare_seconds"])
+                    behind.take(samples)
             labels = self.labels()
             self.watch.begins("encode", expected_seconds=encoded_at_once_px / ENCODE_AT_ONCE_PX_PER_SECOND)
+            with clock.time("encode"):
+                behind.finish()
+            report = self.report(comparison.sums(), repairs, precise=precise, compare_seconds=behind.compare_seconds)
             with clock.time("encode"):
                 size_bytes = encoder.close()
         return labels, size_bytes, report
@@ -460,6 +464,100 @@ class Making:
             lossless=self.wanted.lossless,
             metadata=self.metadata,
         )
+
+
+class _Behind:
+    """What is done with finished rows while the network makes the next: encoding, comparing, showing.
+
+    By one thread, in order, a little at a time. At most HELD_BEHIND_BYTES wait for it, or one band where that is more:
+    a network that is faster than the encoder waits in `take`. What the thread raises comes out of the next call. A
+    context manager: leaving it by an exception drops what waits, and the thread has ended afterwards either way.
+    """
+
+    def __init__(
+        self, encoder: Encoder | PartWriter, comparison: Comparison, picture: Picture, onlookers: tuple[Onlooker, ...]
+    ) -> None:
+        self.compare_seconds = 0.0
+        """What the comparison has taken of the thread."""
+        self._encoder, self._comparison, self._onlookers = encoder, comparison, onlookers
+        self._picture = picture
+        self._waiting: deque[Samples] = deque()
+        self._held_bytes = 0
+        self._turn = threading.Condition()
+        self._is_last_in = self._is_given_up = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="behind", daemon=True)
+
+    def take(self, rows: Samples) -> None:
+        """The next rows; they may not be changed any more. Raises what the thread has raised."""
+        with self._turn:
+            self._turn.wait_for(
+                lambda: self._error or not self._held_bytes or self._held_bytes + rows.nbytes <= HELD_BEHIND_BYTES
+            )
+            if self._error is not None:
+                raise self._error
+            self._waiting.append(rows)
+            self._held_bytes += rows.nbytes
+            self._turn.notify_all()
+
+    def finish(self) -> None:
+        """All rows are in: returns when all is done with them. Raises what the thread has raised."""
+        with self._turn:
+            self._is_last_in = True
+            self._turn.notify_all()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._turn:
+            self._is_given_up = True
+            self._turn.notify_all()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._turn:
+                self._turn.wait_for(lambda: self._waiting or self._is_last_in or self._is_given_up)
+                if self._is_given_up or not self._waiting:
+                    return
+                rows = self._waiting.popleft()
+            try:
+                self._do(rows)
+            except BaseException as error:  # noqa: BLE001 - it is raised where the rows come from
+                with self._turn:
+                    self._error = error
+                    self._waiting.clear()
+                    self._turn.notify_all()
+                return
+            with self._turn:
+                self._held_bytes -= rows.nbytes
+                # Before the wait for the next ones: their memory may be what the network wants for its next band.
+                del rows
+                self._turn.notify_all()
+
+    def _do(self, rows: Samples) -> None:
+        # In pieces, of whose copies each of the three makes some; and giving up need not wait for a whole band.
+        step = max(1, PIECE_BYTES * len(rows) // max(1, rows.nbytes))
+        for top in range(0, len(rows), step):
+            if self._is_given_up:
+                return
+            piece = rows[top : top + step]
+            self._encoder.write(piece)
+            started = time.perf_counter()
+            compared = self._comparison.compared
+            self._comparison.add(piece)
+            self.compare_seconds += time.perf_counter() - started
+            # The network is past them, but for a halo that it may read once more.
+            self._picture.rest(compared, self._comparison.compared)
+        for onlooker in self._onlookers:
+            onlooker.made(rows)
 
 
 def _laid_on_background(picture: Picture, wanted: Wanted, format: Format) -> tuple[Picture, tuple[str, ...]]:
@@ -552,7 +650,9 @@ class _Enlarging:
             level = _in_8_bits(level) if self._bits == 8 else level
             return lambda finished: np.broadcast_to(level, finished.pixels.shape[:2])
         if self._alpha_by_network:
-            opacities = self._pass(1, np.repeat(picture.alpha[..., None], 3, axis=2), np.float32)
+            # A view: a band is made three channels when it is its turn.
+            gray = np.broadcast_to(picture.alpha[..., None], (*picture.alpha.shape, 3))
+            opacities = self._pass(1, gray, np.float32)
 
             def by_network(finished: EnlargedRows) -> Samples:
                 opacity = next(opacities)

@@ -7,7 +7,6 @@ lives by its lease: progress renews it, silence lets it pass, and who has lost i
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import shutil
@@ -27,7 +26,7 @@ import structlog
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from shared import jobs, own_models, shards, workers
+from shared import jobs, own_models, queries, shards, workers
 from shared.catalog import ModelCard
 from shared.db import Database, clock
 from shared.errors import (
@@ -52,11 +51,13 @@ from shared.telemetry import log, tallies
 from shared.traces import Phases, Traces
 from shared.workers import Presence
 from worker import contact_sheet, sharding, upscale
+from worker.ahead import Ahead
 from worker.decoding import Sandboxed
 from worker.enlarging import Engine, Enlarged, Onlooker, Progress, Wanted
 from worker.networks import own
 from worker.previews import Previews
 from worker.sharding import PartMaker, ShardTaken, Sharing
+from worker.storing import Storing
 from worker.thumbnails import Thumbnails
 from worker.trace import Trace
 from worker.usage import Usage
@@ -69,10 +70,18 @@ BAND_SECONDS = 0.1
 TRACE_SECONDS = 5.0
 """So often the trace of a running attempt is written beside its progress."""
 
+CLAIM_TRIES = 5
+"""So often a claim tries again that met other workers at every job that is due."""
+
 DRAINED_LOOK_SECONDS = 1.0
 """A drained worker looks this often whether it may work again ..."""
 DRAINED_SPELL_SECONDS = 1200.0
-"""... and ends the task it waits in after this: far below the time limit at which Celery would kill it."""
+"""... and ends the task it waits in after this: the broker gives a message that is held for two hours to another."""
+
+# An attempt's process ends at its limit. That is the last net, far above what the plan expects: the lease and the
+# deadline between tiles act long before.
+LIMIT_FACTOR = 10
+LEAST_LIMIT_SECONDS = 1800.0
 
 FINISH_RATHER_THAN_RELEASE_SECONDS = 5.0
 """A worker that stops finishes what will take no longer: doing it all again elsewhere would cost more."""
@@ -410,18 +419,24 @@ class Executor:
         decoder: Sandboxed | None = None,
         traces: Traces | None = None,
         own_cards: Sequence[ModelCard] = (),
+        ahead: Ahead | None = None,
     ) -> None:
         """`engines` by the contract's word for their device: `cpu`, and `gpu` where there is one. `decoder`: theirs,
-        closed with this. `own_cards`: models of its own that it offers to everybody."""
+        closed with this. `own_cards`: models of its own that it offers to everybody. `ahead`: the engines' decoder too,
+        where pictures are to be decoded ahead."""
         self.must_end = False
         """No further attempt may be made in this process: its device is broken, or it has been told to exit."""
+        self.set_limit: Callable[[float], object] = lambda _seconds: None
+        """Told, when an attempt begins, after how many seconds this process is to be killed; 0 when it has ended."""
         self._database, self._storage, self._settings = database, storage, settings
         self._engines = engines
         self._decoder = decoder
+        self._ahead = ahead
         self._traces = traces or Traces("", "images")
         self._stopping = threading.Event()
         self._lifeline: Lifeline | None = None
         self._is_drained = False
+        self._interactive_in_a_row = 0
         self._usage = Usage(on_gpu=facts.device == "gpu")
         self.presence = Presence(
             database,
@@ -449,14 +464,26 @@ class Executor:
         # It warms up while the network does.
         decoder.sandbox.start()
         own_cards = _own_models(settings)
-        engines = {kind: Engine.of(settings, device, decoder, own_cards)}
-        engines.setdefault("cpu", Engine.of(settings, "cpu", decoder, own_cards))
+        facts = workers.this_process("images", queues=queues, device=kind, device_name=_device_name(kind))
+        database, storage = Database(settings.sqlalchemy_url), Storage(settings)
+
+        def next_job() -> Job | None:
+            with database.reading() as session:
+                return queries.likely_next(
+                    session,
+                    queues,
+                    worker_id=facts.id,
+                    worker_lost_after_seconds=settings.worker_lost_after_seconds,
+                    now=clock(session),
+                )
+
+        ahead = Ahead(decoder, storage, next_job)
+        engines = {kind: Engine.of(settings, device, ahead, own_cards)}
+        engines.setdefault("cpu", Engine.of(settings, "cpu", ahead, own_cards))
         engines[kind].warm_up()
         sweep_scratch()
-        facts = workers.this_process("images", queues=queues, device=kind, device_name=_device_name(kind))
         traces = Traces(settings.traces_url, "images")
-        database = Database(settings.sqlalchemy_url)
-        executor = cls(database, Storage(settings), settings, engines, facts, decoder, traces, own_cards)
+        executor = cls(database, storage, settings, engines, facts, decoder, traces, own_cards, ahead)
         executor.presence.start()
         log.info(
             "worker.ready",
@@ -482,15 +509,19 @@ class Executor:
         self._storage.close()
         self._database.close()
 
-    def run(self, job_id: str) -> Outcome | None:
-        """One attempt at the job, from claim to finish. None where there was nothing to claim.
+    def run(self, job_id: str, queue: str | None = None) -> Outcome | None:
+        """One attempt at a job, from claim to finish. None where there was nothing to claim.
+
+        The message of `job_id` has come from `queue` (None: the one the job waits in). It says that there is work for
+        the queue's device; which job that is, SQL decides: the one whose turn it is. As many messages as jobs are on
+        their way to a device, so that one whose job is done already stands for another that waits.
 
         Raises nothing that is the job's fault. Where the database does not answer at the claim, nothing has happened,
-        and the relay sends the message again.
+        and the relay sends a message again.
         """
         with structlog.contextvars.bound_contextvars(job_id=job_id):
             try:
-                claimed = self._claim(job_id)
+                claimed = self._claim(job_id, queue)
             except DatabaseUnavailable as error:
                 log.warning("job.not_claimed", detail=error.detail)
                 return None
@@ -499,19 +530,35 @@ class Executor:
                 if self._is_drained:
                     self._wait_while_drained()
                 return None
-            claim, job, now, device = claimed
-            self._traces.begin("job.wait", job.traceparent, at=job.queued_at, job_id=job_id, queue=job.queue).end(now)
-            span = self._traces.begin("job.attempt", job.traceparent, job_id=job_id, attempt=claim.attempt)
+        return self._attempted(*claimed)
+
+    def _attempted(self, claim: Claim, job: Job, now: datetime, device: str) -> Outcome:
+        with structlog.contextvars.bound_contextvars(job_id=job.id):
+            self._traces.begin("job.wait", job.traceparent, at=job.queued_at, job_id=job.id, queue=job.queue).end(now)
+            span = self._traces.begin("job.attempt", job.traceparent, job_id=job.id, attempt=claim.attempt)
             with structlog.contextvars.bound_contextvars(attempt=claim.attempt, traceparent=span.traceparent):
                 outcome = self._attempt(claim, job, now, device, Phases(self._traces, span.traceparent))
             span.end(outcome=type(outcome).__name__.lower(), device=device)
             return outcome
 
-    def help(self, job_id: str) -> Outcome | None:
+    def help(self, job_id: str, queue: str | None = None) -> Outcome | None:
         """Makes one shard of a job that another attempt holds. None where there was none to take.
 
-        Raises nothing that is the job's fault, as `run`.
+        Its message, as one for `run`, says that there is work for the device of `queue`: a job that waits comes first.
+        Helping is for whoever is idle, or a large picture would hold every worker before other keys' turn comes.
+        Raises nothing that is the job's fault.
         """
+        with structlog.contextvars.bound_contextvars(job_id=job_id):
+            try:
+                waiting = self._claim(job_id, queue)
+                if waiting is not None:
+                    with self._database.transaction() as session:
+                        shards.give_message_back(session, job_id)
+            except DatabaseUnavailable as error:
+                log.warning("shard.not_claimed", detail=error.detail)
+                return None
+        if waiting is not None:
+            return self._attempted(*waiting)
         with structlog.contextvars.bound_contextvars(job_id=job_id):
             try:
                 claimed = self._claim_to_help(job_id)
@@ -530,43 +577,55 @@ class Executor:
             span.end(outcome=type(outcome).__name__.lower(), device=device)
             return outcome
 
-    def _device_for(self, session: Session, job_id: str) -> str | None:
-        """The device for the job's queue; None where it is not one of this process's, or there is no job."""
-        queue = session.scalar(select(Job.queue).where(Job.id == job_id))
-        # A late copy of a message may name a job that has been moved to another device since.
-        if queue is None or queue not in self.presence.facts.queues:
-            return None
-        return "cpu" if queue.startswith("cpu.") else "gpu"
-
-    def _claim(self, job_id: str) -> tuple[Claim, Job, datetime, str] | None:
-        with self._database.transaction() as session:
-            now = clock(session)
-            device = self._device_for(session, job_id)
-            if device is None:
-                return None
-            claim = jobs.claim(
-                session,
-                job_id,
-                worker_id=self.presence.facts.id,
-                device=device,
-                lease_seconds=self._settings.lease_seconds,
-                now=now,
-            )
-            if claim is None:
-                self._is_drained = workers.is_drained(session, self.presence.facts.id)
+    def _claim(self, job_id: str, queue: str | None) -> tuple[Claim, Job, datetime, str] | None:
+        worker_id = self.presence.facts.id
+        for _ in range(CLAIM_TRIES):
+            with self._database.transaction() as session:
+                now = clock(session)
+                # A message of before a job was moved to another device leads to the jobs of its own.
+                served = self._served(queue or session.scalar(select(Job.queue).where(Job.id == job_id)) or "")
+                next_id = jobs.next_due(session, served, now=now) if served else None
+                if next_id is None:
+                    self._is_drained = workers.is_drained(session, worker_id)
+                    return None
+                device = "cpu" if served[0].startswith("cpu.") else "gpu"
+                claim = jobs.claim(
+                    session,
+                    next_id,
+                    worker_id=worker_id,
+                    device=device,
+                    lease_seconds=self._settings.lease_seconds,
+                    now=now,
+                )
+                if claim is not None:
+                    workers.working_on(session, worker_id, claim.job_id, now=now)
+                    job = session.get_one(Job, claim.job_id)
+                    self._interactive_in_a_row = 0 if job.queue.endswith(".bulk") else self._interactive_in_a_row + 1
+                    return claim, job, now, device
+                self._is_drained = workers.is_drained(session, worker_id)
                 if self._is_drained:
-                    jobs.give_message_back(session, job_id)
-                return None
-            workers.working_on(session, self.presence.facts.id, job_id, now=now)
-            return claim, session.get_one(Job, job_id), now, device
+                    jobs.give_message_back(session, served, now=now)
+                    return None
+            # Another worker was taking it: what it left behind is seen by a new transaction.
+        return None
+
+    def _served(self, queue: str) -> list[str]:
+        """The queues of this one's device that the process serves, in the order in which jobs are taken from them."""
+        device = queue.partition(".")[0]
+        served = [each for each in self.presence.facts.queues if each.partition(".")[0] == device]
+        if self._interactive_in_a_row >= self._settings.bulk_after_interactive_jobs:
+            served.sort(key=lambda each: not each.endswith(".bulk"))
+        return served
 
     def _claim_to_help(self, job_id: str) -> tuple[ShardClaim, Job, datetime, str] | None:
         worker_id = self.presence.facts.id
         with self._database.transaction() as session:
             now = clock(session)
-            device = self._device_for(session, job_id)
-            if device is None:
+            queue = session.scalar(select(Job.queue).where(Job.id == job_id))
+            # The job may have been moved to another device's queue since.
+            if queue is None or queue not in self.presence.facts.queues:
                 return None
+            device = "cpu" if queue.startswith("cpu.") else "gpu"
             claim = shards.claim_to_help(
                 session,
                 job_id,
@@ -578,7 +637,7 @@ class Executor:
             if claim is None:
                 self._is_drained = workers.is_drained(session, worker_id)
                 if self._is_drained:
-                    shards.give_messages_back(session, job_id)
+                    shards.give_message_back(session, job_id)
                 return None
             workers.working_on(session, worker_id, job_id, now=now)
             return claim, session.get_one(Job, job_id), now, device
@@ -606,11 +665,13 @@ class Executor:
             lifeline = self._lifeline_of(Lifeline, claim, job, claimed_at, phases)
             work = partial(self._work, claim, job, queued_seconds, device, lifeline)
         self._lifeline = lifeline
+        self.set_limit(_limit_seconds(job))
         outcome = self._outcome_of(lambda: Succeeded(work()), job, device)
         phases.begins("record")
         try:
             self._record(claim, outcome, lifeline.trace)
         finally:
+            self.set_limit(0)
             self._lifeline = None
             phases.end()
         _count(outcome, job.model)
@@ -628,9 +689,12 @@ class Executor:
         lifeline = self._lifeline_of(HelpersLifeline, Claim(job.id, job.attempt), job, claimed_at, phases)
         lifeline.works_on(claim)
         self._lifeline = lifeline
+        # As for the whole job: a worker that is slower than the others may be making the last of it alone.
+        self.set_limit(_limit_seconds(job))
         try:
             outcome = self._outcome_of(lambda: self._make_shard(claim, job, device, lifeline), job, device)
         finally:
+            self.set_limit(0)
             self._lifeline = None
             phases.end()
         self._give_shard_back(claim, outcome)
@@ -694,36 +758,40 @@ class Executor:
     @contextmanager
     def _fetched(self, job: Job, folder: Path, lifeline: Lifeline) -> Iterator[BinaryIO]:
         """The picture handed in, as a file that is gone when the block ends."""
-        with tempfile.TemporaryFile(dir=folder) as source:
-            lifeline.begins("fetch", expected_seconds=job.input_bytes / STORE_BYTES_PER_SECOND)
-            self._storage.get(job.input_key, cast(BinaryIO, source))
-            yield cast(BinaryIO, source)
+        lifeline.begins("fetch", expected_seconds=job.input_bytes / STORE_BYTES_PER_SECOND)
+        ready = None if self._ahead is None else self._ahead.take(job.id)
+        with ready or cast(BinaryIO, tempfile.TemporaryFile(dir=folder)) as source:
+            if ready is None:
+                self._storage.get(job.input_key, source)
+            yield source
 
     def _work(self, claim: Claim, job: Job, queued_seconds: float, device: str, lifeline: Lifeline) -> JobResult:
         """From the stored input to the stored result. Raises whatever goes wrong."""
         format = format_named(job.format)
+        # Named after the attempt: a worker that wakes up after a rescue must not overwrite the winner's result.
+        key = f"{job.blob_prefix}/result-{claim.attempt}{format.extension}"
+        started = time.monotonic()
         with (
             scratch_folder() as folder,
-            tempfile.TemporaryFile(dir=folder) as source,
+            self._fetched(job, folder, lifeline) as source,
             Thumbnails(self._storage, job.blob_prefix, claim.attempt) as thumbnails,
             Previews(self._storage, job.blob_prefix, claim.attempt) as previews,
+            Storing(
+                self._storage, key, target := folder / f"result{format.extension}", format, on_bytes=lifeline.sent
+            ) as result,
         ):
-            started = time.monotonic()
-            lifeline.begins("fetch", expected_seconds=job.input_bytes / STORE_BYTES_PER_SECOND)
-            self._storage.get(job.input_key, cast(BinaryIO, source))
             fetched = time.monotonic()
-            target = folder / f"result{format.extension}"
-            made = self._made(job, device, cast(BinaryIO, source), target, lifeline, thumbnails, previews)
+            onlookers: list[Onlooker] = [thumbnails, previews, result]
+            if self._ahead is not None and not self._stopping.is_set():
+                onlookers.append(self._ahead)
+            made = self._made(job, device, source, target, lifeline, *onlookers)
 
             storing = time.monotonic()
             lifeline.begins("store", expected_seconds=made.bytes / STORE_BYTES_PER_SECOND)
-            thumbnails.store_result()
-            # Named after the attempt: a worker that wakes up after a rescue must not overwrite the winner's result.
-            key = f"{job.blob_prefix}/result-{claim.attempt}{format.extension}"
-            with target.open("rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-                file.seek(0)
-                self._storage.put(key, file, format.mime_type, on_bytes=lifeline.sent)
+            # Its thread ends while the result is stored, and is not waited for afterwards.
+            previews.end()
+            with thumbnails.storing_result():
+                sha256 = result.finish()
             lifeline.raise_if_stale()
         timings = {
             "queued_seconds": queued_seconds,
@@ -756,6 +824,8 @@ class Executor:
                 made, sha256 = sharing.make(making, folder, thumbnails, key)
                 timings = {"queued_seconds": queued_seconds, "fetch_seconds": fetch_seconds, **made.timings}
                 return self._result_of(job, device, made, key, sha256, timings)
+        # Of a large picture one copy is enough.
+        del making
         return self._work(claim, job, queued_seconds, device, lifeline)
 
     def _result_of(
@@ -869,6 +939,10 @@ class Executor:
     def _is_alive(self) -> bool:
         lifeline = self._lifeline
         return lifeline is None or lifeline.is_alive
+
+
+def _limit_seconds(job: Job) -> float:
+    return max(LEAST_LIMIT_SECONDS, LIMIT_FACTOR * job.expected_seconds)
 
 
 def _count(outcome: Outcome, model: str) -> None:

@@ -127,6 +127,11 @@ class Comparison:
         self._kept: dict[int, NDArray[np.int16]] = {}
         self._across = self._beside = 0.0
 
+    @property
+    def compared(self) -> int:
+        """Rows of the input that are not looked at any more, from the top."""
+        return self._compared
+
     def add(self, samples: NDArray[Any]) -> None:
         """The next rows: (rows, W * scale, channels) uint8 or uint16, as they are encoded; alpha is passed over."""
         colours = samples[..., :3] if samples.shape[2] >= 3 else samples[..., :1]

@@ -30,6 +30,9 @@ BETWEEN_STRIPS_SECONDS = 0.3
 LAST_WAIT_SECONDS = 1.0
 """How long the end of an attempt waits for the last strip, which the result has made unnecessary."""
 
+PIECE_BYTES = 2**20
+"""What is made small at a time."""
+
 Samples = NDArray[Any]
 """uint8 or uint16, full range."""
 
@@ -64,10 +67,17 @@ class Previews:
 
     def made(self, rows: Samples) -> None:
         """The next rows of the result, (h, width, channels) uint8 or uint16."""
-        factor = self.factor
         if self._y_px == 0 and self._left_over is None and len(rows) == self._height:
             # The whole result at once: it will be there before a preview of it is.
             return
+        # In pieces: Pillow's copy of a tall band would take more than the band.
+        step = max(1, PIECE_BYTES * len(rows) // max(1, rows.nbytes))
+        for top in range(0, len(rows), step):
+            self._reduce(rows[top : top + step])
+        if self._strips:
+            self._waiting.put(self._store_strips)
+
+    def _reduce(self, rows: Samples) -> None:
         if self._passed_over:
             dropped = min(self._passed_over, len(rows))
             self._passed_over -= dropped
@@ -75,6 +85,7 @@ class Previews:
             rows = rows[dropped:]
         if self._left_over is not None:
             rows = np.concatenate([self._left_over, rows])
+        factor = self.factor
         is_last = self._y_px + len(rows) >= self._bottom_px
         usable = len(rows) if is_last else len(rows) // factor * factor
         self._left_over = rows[usable:].copy()
@@ -84,12 +95,16 @@ class Previews:
         with self._lock:
             self._strips.append((self._y_px, small))
         self._y_px += usable
-        self._waiting.put(self._store_strips)
 
     @property
     def factor(self) -> int:
         """Result px to one px of the preview, each way."""
         return max(1, -(-self._width // LONGEST_WIDTH_PX), -(-self._height // LONGEST_HEIGHT_PX))
+
+    def end(self) -> None:
+        """No more rows come: what has not been stored by now may be left out. Does not wait."""
+        self._ended.set()
+        self._waiting.put(None)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -98,8 +113,7 @@ class Previews:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._ended.set()
-        self._waiting.put(None)
+        self.end()
         self._thread.join(LAST_WAIT_SECONDS)
 
     def _run(self) -> None:

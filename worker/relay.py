@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from shared import deliveries, figures, jobs, shards, workers
+from shared import deliveries, figures, jobs, queries, shards, workers
 from shared.db import Database, clock
 from shared.errors import Unavailable
 from shared.outbox import SWEEP_BLOBS, Broker, relay_due
@@ -112,6 +112,7 @@ def steps(database: Database, broker: Broker, settings: Settings, stopping: thre
     return [
         Step("rescue", settings.rescue_interval_seconds, lambda: rescue(database, settings, watch)),
         Step("publish", settings.relay_interval_seconds, lambda: publish(database, broker, settings, stopping)),
+        Step("route", settings.worker_lost_after_seconds / 3, lambda: route(database, settings)),
         Step("figures", FIGURES_SECONDS, lambda: keep_hours(database)),
         Step("sweep", settings.sweep_interval_seconds, lambda: broker.publish_chore(SWEEP_BLOBS)),
     ]
@@ -137,6 +138,21 @@ def rescue(database: Database, settings: Settings, watch: ClockWatch) -> None:
             log.info("relay.rescued", jobs=rescued, expired=expired)
         if max(len(rescued), len(expired)) < ROWS_AT_ONCE:
             return
+
+
+def route(database: Database, settings: Settings) -> None:
+    """Moves `auto` jobs from where nobody serves them any more to where somebody does. SQL only. Raises Unavailable."""
+    with database.reading() as session:
+        stranded = queries.stranded_queues(
+            session, worker_lost_after_seconds=settings.worker_lost_after_seconds, now=clock(session)
+        )
+    for source, target in stranded:
+        moved = ROWS_AT_ONCE
+        while moved == ROWS_AT_ONCE:
+            with database.transaction() as session:
+                moved = len(jobs.reroute(session, source, target, now=clock(session), limit=ROWS_AT_ONCE))
+            if moved:
+                log.info("relay.rerouted", jobs=moved, queue=target)
 
 
 def keep_hours(database: Database) -> None:

@@ -1,8 +1,8 @@
 """One large picture by many workers, as the attempt that holds the job and those who help see it.
 
-Both make the same thing: a part, some neighbouring bands computed to the px as they were planned, so that the joined
-picture is the one that a single worker makes. What may happen to a shard is in `shared.shards`; how parts are encoded
-and joined is in `worker.parts`.
+Both make the same thing: a part, some neighbouring bands computed as they were planned, so that the joined picture is
+the one that a single worker makes (`CONTRIBUTING.md` has how nearly). What may happen to a shard is in
+`shared.shards`; how parts are encoded and joined is in `worker.parts`.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ T = TypeVar("T")
 LOOK_SECONDS = 0.2
 """So often the attempt that holds the job looks whether others have made what it waits for."""
 
-LEAST_SETTLINGS = 7
-"""A shard in strips is at least so many times as high as what is computed twice for it: at most a seventh more work."""
+LEAST_REACHES = 7
+"""A shard in strips is at least so many times as high as its network sees, which is computed twice for it: at most a
+seventh more work."""
 
 STORE_BYTES_PER_SECOND = 1_000_000
 """As in `worker.execute`: a slow line to object storage."""
@@ -102,10 +103,7 @@ def may_share(job: Job, engine: Engine, settings: Settings) -> bool:
 
 def runs_of(making: Making, settings: Settings) -> list[tuple[Band, ...]]:
     """The bands of each shard, from the top; one run where the work is not worth sharing."""
-    in_strips = making.work.plans[0].in_strips
-    # A network in strips begins so far above what it is asked for, and that much is done twice.
-    network = making.network
-    least_rows = LEAST_SETTLINGS * network.rows_to_settle(making.work.width) if in_strips else 1
+    least_rows = LEAST_REACHES * making.network.reach_px if making.work.plans[0].in_strips else 1
     return cut(making.work, settings.shard_output_px, least_rows=least_rows)
 
 
@@ -337,10 +335,11 @@ class Sharing:
         self._lifeline.begins("store", expected_seconds=all_bytes / STORE_BYTES_PER_SECOND)
         with making.clock.time("store"):
             sampled = [self._sampled(each) for each in keys]
-            thumbnails.store_result([each for each in sampled if each.size])
             layout = making.layout(terms["rows_in_strip"])
             head, tail = parts.joined(layout, [each["part"] for each in facts], making.metadata)
-            size, sha256 = self._storage.join(key, [head, *keys, tail], format.mime_type, on_bytes=self._lifeline.sent)
+            pieces: list[bytes | str] = [head, *keys, tail]
+            with thumbnails.storing_result([each for each in sampled if each.size]):
+                size, sha256 = self._storage.join(key, pieces, format.mime_type, on_bytes=self._lifeline.sent)
         self._lifeline.raise_if_stale()
         return making.enlarged(labels, size, report), sha256
 

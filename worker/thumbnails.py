@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -63,14 +65,19 @@ class Thumbnails:
         self._y_px += len(rows)
 
     def seen(self) -> Samples | None:
-        """The px kept of the rows since `begins`, (h, w, channels): a part's, for `store_result`. None where there are
-        none."""
+        """The px kept of the rows since `begins`, (h, w, channels): a part's, for `storing_result`. None where
+        there are none."""
         return np.concatenate(self._rows) if self._rows else None
 
-    def store_result(self, parts: Sequence[Samples] | None = None) -> None:
-        """Stores the result's thumbnail, once every row has been seen, here or as the `parts`. Raises
-        StorageUnavailable."""
-        self._put("result", np.concatenate(self._rows if parts is None else parts))
+    @contextmanager
+    def storing_result(self, parts: Sequence[Samples] | None = None) -> Iterator[None]:
+        """Stores the result's thumbnail while the block runs, once every row has been seen, here or as the `parts`.
+        Raises StorageUnavailable at the block's end."""
+        rows = self._rows if parts is None else parts
+        with ThreadPoolExecutor(1, "thumbnail") as beside:
+            stored = beside.submit(lambda: self._put("result", np.concatenate(rows)))
+            yield
+            stored.result()
 
     def __enter__(self) -> Self:
         return self

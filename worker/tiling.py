@@ -9,7 +9,7 @@ only.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 SMALLEST_TILE_PX = 16
@@ -101,7 +101,7 @@ class Plan:
     """Longest side of what any tile keeps."""
     bands: tuple[Band, ...]
     in_strips: bool = False
-    """The network goes over the picture once from top to bottom, and nothing is computed twice: there is no halo."""
+    """The network goes over the picture once from top to bottom, and computes no row twice."""
 
     @property
     def tile_count(self) -> int:
@@ -138,13 +138,17 @@ def plan(width: int, height: int, *, halo_px: int, tile_px: int, band_height_px:
     return Plan(width, height, halo_px, longest_px, tuple(bands))
 
 
-def plan_strips(width: int, height: int, *, band_px: int) -> Plan:
-    """A plan without halos, for a network that runs in strips over the whole width: bands of about `band_px` px."""
+def plan_strips(width: int, height: int, *, band_px: int, columns: Sequence[tuple[slice, slice]]) -> Plan:
+    """A plan for a network that runs in strips from top to bottom, with no halo above and below: bands of about
+    `band_px` px. `columns`: for each part of the width those that it keeps and those that it reads."""
     bands = []
     for index, (y, band_height) in enumerate(_cut(height, max(1, band_px // width))):
         region = Region(0, y, width, band_height)
-        bands.append(Band(index, region, (Tile(region, region),)))
-    longest_px = max(width, max(band.region.height for band in bands))
+        tiles = (
+            Tile(*(Region(span.start, y, span.stop - span.start, band_height) for span in part)) for part in columns
+        )
+        bands.append(Band(index, region, tuple(tiles)))
+    longest_px = max(max(tile.keep.width, tile.keep.height) for band in bands for tile in band.tiles)
     return Plan(width, height, 0, longest_px, tuple(bands), in_strips=True)
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from shared.errors import BadOutput, DeviceBroken, ModelUnavailable, OutOfMemory
 from shared.telemetry import tallies
-from worker.networks import Network
+from worker.networks import Network, strip_columns
 from worker.tiling import SMALLEST_TILE_PX, Band, Plan, Region, Tile, choose_plan, plan, plan_strips, smaller
 
 OnTile = Callable[[int, int], None]
@@ -37,6 +37,8 @@ TILE_MEMORY_BYTES = 1_000_000_000
 STRIPS_BAND_PX = 32_768
 """Input px of a band where the network runs in strips: what is told, shown and encoded at once, some tenths of a second
 of work."""
+STRIPS_MEMORY = 2
+"""Strips may hold so many times what a tile may: they keep rows of every layer, and are worth it."""
 FED_ROWS = 16
 """Rows of the picture handed to such a network at once: it takes what it needs."""
 
@@ -168,16 +170,17 @@ def plan_work(
 
 
 def _multiply_adds(network: Network, whole: Plan, tile: Tile) -> int:
-    reach_px = 0 if whole.in_strips else network.tail_reach_px
-    tail = tile.keep.grown(reach_px, whole.width, whole.height)
+    if whole.in_strips:
+        return network.multiply_adds(tile.read.area_px, tile.read.area_px)
+    tail = tile.keep.grown(network.tail_reach_px, whole.width, whole.height)
     return network.multiply_adds(tile.read.area_px, tail.area_px)
 
 
 def _plan_pass(network: Network, width: int, height: int, tile_px: int, memory_bytes: int) -> Plan:
     if tile_px:
         return plan(width, height, halo_px=network.halo_px, tile_px=tile_px)
-    if network.runtime == "ncnn" and network.strips_bytes(width) <= memory_bytes:
-        return plan_strips(width, height, band_px=STRIPS_BAND_PX)
+    if network.runtime == "ncnn" and network.strips_bytes(width) <= STRIPS_MEMORY * memory_bytes:
+        return plan_strips(width, height, band_px=STRIPS_BAND_PX, columns=strip_columns(width, network.halo_px))
     by_memory = (memory_bytes - network.fixed_bytes) // network.bytes_per_px
     # However slow the device was when it was measured, a tile is not cut so small that it is nearly all halo: at a busy
     # moment a 256 px picture once became 56 tiles and twelve times the work.
@@ -334,9 +337,10 @@ def _in_strips(
     """Bands as the network finishes their rows. On a CPU, in float32: what is not right now will not be at another try,
     and memory does not depend on how the picture is cut."""
     scale = network.scale
-    # The plan may be of some bands in the middle of the picture.
+    # The plan may be of some bands in the middle of the picture. What the network sees above them is computed and
+    # thrown away. Strips then begin at other rows than in the whole, so that some levels are rounded the other way.
     top = whole.bands[0].region.y
-    first = network.first_row_for(top, whole.width) if top else 0
+    first = max(0, top - network.reach_px)
     pieces = (_unit_floats(image[y : y + FED_ROWS]).transpose(2, 0, 1) for y in range(first, whole.height, FED_ROWS))
     network.on_step = count.tell
     finished = network.rows(pieces)
@@ -363,7 +367,8 @@ def _in_strips(
             raise BadOutput(str(error), model=network.card.name, device=str(network.device)) from error
         pixels = _quantized(made.permute(1, 2, 0), dtype)
         network.observe(network.multiply_adds(band.region.area_px, band.region.area_px), time.perf_counter() - started)
-        count.tile_done()
+        for _ in band.tiles:
+            count.tile_done()
         yield UpscaledBand(band, band.region.y * scale, pixels)
         # What the caller did with the band meanwhile is not the network's time.
         started = time.perf_counter()

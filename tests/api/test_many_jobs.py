@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import random
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from sqlalchemy import insert, select
 
 from api.app import create_app
 from shared import figures, keys, queries
 from shared.db import Database, clock
-from shared.models import Job, JobState
 from shared.queries import JobFilter
 from shared.settings import Settings
-from tests.factories import a_job, a_key
+from tests.factories import a_key, many_jobs
 
 JOBS = 100_000
 GENEROUS_SECONDS = 10.0
@@ -28,38 +25,9 @@ GENEROUS_SECONDS = 10.0
 @pytest.fixture
 def crowded(sqlite_database: Database) -> Database:
     """A week of work: a hundred thousand jobs, hours that are over kept as rows."""
-    chance = random.Random(5)
     now = datetime.now(UTC)
     with sqlite_database.transaction() as session:
-        key = a_key(session, now)
-        made = a_job(session, key, now)
-        template = dict(session.execute(select(Job.__table__).where(Job.id == made.id)).mappings().one())
-        states = [JobState.SUCCEEDED] * 90 + [JobState.FAILED] * 5 + [JobState.CANCELED] * 3 + [JobState.QUEUED] * 2
-        rows: list[dict[str, Any]] = []
-        for number in range(JOBS):
-            at = now - timedelta(days=7) * (JOBS - number) / JOBS
-            state = chance.choice(states)
-            ended = state != JobState.QUEUED
-            rows.append(
-                {
-                    **template,
-                    "id": f"job_{number:026}",
-                    "model": chance.choice(("srgan", "srresnet")),
-                    "state": state,
-                    "created_at": at,
-                    "queued_at": at,
-                    "attempt": int(ended),
-                    "started_at": at + timedelta(seconds=chance.random()) if ended else None,
-                    "finished_at": at + timedelta(seconds=1 + chance.random() * 9) if ended else None,
-                    "result_width": 1024 if state == JobState.SUCCEEDED else None,
-                    "result_height": 1024 if state == JobState.SUCCEEDED else None,
-                    "result_bytes": 10**6 if state == JobState.SUCCEEDED else None,
-                    "error_code": "invalid-image" if state == JobState.FAILED else None,
-                    "error_detail": "not a picture" if state == JobState.FAILED else None,
-                }
-            )
-        for start in range(0, JOBS, 10_000):
-            session.execute(insert(Job), rows[start : start + 10_000])
+        many_jobs(session, a_key(session, now), JOBS, now=now)
     with sqlite_database.transaction() as session:
         figures.roll_up(session, now=now)
     return sqlite_database

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import time
+import tomllib
 from datetime import UTC, datetime, timedelta
 from io import BytesIO
+from pathlib import Path
 
 import httpx
 import pytest
 from flask import request
 from sqlalchemy import insert
 
+import migrations
 from api import schemas
 from api.schemas import BatchView, DeliveryPage, DeliveryView, EndpointView, EstimateView, KeyView, ModelPage
 from shared import catalog, deliveries, workers
@@ -24,6 +28,7 @@ from tests.api.conftest import Api, Caller, running
 from tests.conftest import Receiver, Reply
 from tests.factories import a_png
 
+PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 PUBLIC = "https://1.1.1.1/hook"
 
 
@@ -256,7 +261,13 @@ def test_the_key_tells_what_it_is(caller: Caller) -> None:
 
 def test_a_well_service_is_alive_and_ready(api_on_both: Api) -> None:
     http = api_on_both.app.test_client()
-    assert schemas.HealthView.model_validate(http.get("/livez").json).status == "alive"
+    alive = schemas.HealthView.model_validate(http.get("/livez").json)
+    assert alive.status == "alive"
+    assert alive.versions == {
+        "enlarger": tomllib.loads(PYPROJECT.read_text())["project"]["version"],
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "schema": migrations.newest(),
+    }
     ready = http.get("/readyz")
     assert ready.status_code == 200
     assert ready.json == {"status": "ready", "checks": {"sql": "ok", "redis": "ok", "storage": "ok"}}

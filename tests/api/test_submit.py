@@ -10,6 +10,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
@@ -25,7 +26,7 @@ from shared.settings import Settings
 from shared.storage import Storage
 from tests.api.conftest import Api, Caller, running, served, statements
 from tests.conftest import Receiver, Reply, little_room, wait_until
-from tests.factories import a_png
+from tests.factories import a_png, many_jobs
 
 LOOPBACK = ("127.0.0.0/8",)
 
@@ -372,22 +373,29 @@ def test_submit_is_quick_without_redis(
     assert sum(seconds > 0.5 for seconds in took_seconds) <= 1, took_seconds
 
 
-def test_submit_and_poll_send_as_many_statements_however_long_the_queue(api: Api, caller: Caller) -> None:
-    job_id = caller.job()
-    counts = []
-    for _ in range(2):
-        api.context.hurrier.close()
-        with statements(api.database) as submit:
-            assert caller.submit().status_code == 202
+def test_submit_and_poll_send_as_many_statements_with_one_job_queued_as_with_two_thousand(
+    settings: Settings, sqlite_database: Database, storage: Storage, redis_url: str
+) -> None:
+    with running(settings.model_copy(update={"max_queued_jobs_per_key": 10_000})) as api:
+        caller = api.caller()
+        job_id = caller.job()
+        counts, positions = [], []
+        for others in (0, 2000):
+            if others:
+                with api.database.transaction() as session:
+                    many_jobs(session, caller.key_id, others, now=datetime.now(UTC), queued=1.0)
             api.context.hurrier.close()
-        with statements(api.database) as poll:
-            assert caller.get(f"/v1/jobs/{job_id}").status_code == 200
-        counts.append((len(submit), len(poll)))
-        for _ in range(20):
-            caller.job()
+            with statements(api.database) as submit:
+                assert caller.submit().status_code == 202
+                api.context.hurrier.close()
+            with statements(api.database) as poll:
+                positions.append(caller.get(f"/v1/jobs/{job_id}").json["queue_position"])
+            counts.append((len(submit), len(poll)))
+    assert positions == [1, 2000]
     assert counts[0] == counts[1]
-    # Key; live GPUs, queued jobs of the key, the row, its place in the queue; and the mark that its message was sent.
-    assert counts[0][0] <= 6, counts
+    # Key; live GPUs, queued jobs of the key, its share, the row, its place in the queue; and the mark that its message
+    # was sent. On PostgreSQL the key's row is locked, too.
+    assert counts[0][0] <= 7, counts
     # Key, job, place in the queue.
     assert counts[0][1] <= 3, counts
 

@@ -98,13 +98,16 @@ def measured_sql(rounds: int = 100) -> tuple[float, float]:
         migrations.upgrade(server.url)
         database = Database(server.url)
         with database.transaction() as session:
-            ids = fill(session, rounds)
+            fill(session, rounds)
             session.execute(text("SELECT 1"))
         event.listen(database.engine, "before_cursor_execute", counted)
         began = time.perf_counter()
-        for job_id in ids:
+        for _ in range(rounds):
             with database.transaction() as session:
-                claim = jobs.claim(session, job_id, worker_id="w", device="cpu", lease_seconds=20, now=clock(session))
+                now = clock(session)
+                job_id = jobs.next_due(session, ["cpu.interactive"], now=now)
+                assert job_id is not None
+                claim = jobs.claim(session, job_id, worker_id="w", device="cpu", lease_seconds=20, now=now)
             assert claim is not None
             with database.transaction() as session:
                 jobs.succeed(session, claim, JobResult("key", 32, 24, 1000, "ab" * 32), now=clock(session))

@@ -2,9 +2,11 @@
 
     python -m tests.benchmarks.claims [--queued 10000] [--jobs 500] [--workers 1,5,10,20]
 
-A worker claims the next message's job, renews its lease once and finishes it, by the verbs of `shared.jobs`: what is
-measured is SQL and nothing else. Two messages lead to each job, as after a relay's re-send: half of the claims find
-nothing, and none may be granted twice. Prints statements per job, waits for locks that PostgreSQL saw, and rates.
+A message has a worker claim the job whose turn it is, renew its lease once and finish it, by the verbs of
+`shared.jobs`: what is measured is SQL and nothing else. The jobs are those of KEYS keys. Where the whole queue is done,
+each message comes twice, as after a relay's re-send: half of the claims find nothing. No job may be granted twice.
+Prints rates, statements per job, and how many statements of claims and how many others waited for a row at one of the
+looks that are taken 20 times a second.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import queue
 import tempfile
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from statistics import quantiles
 
@@ -28,6 +31,10 @@ from shared.models import Attempt, Job, JobState
 from shared.servers import start_postgresql
 from tests.factories import a_job, a_key
 
+KEYS = 10
+CLAIMING = ("SELECT jobs.id", "UPDATE jobs SET state=", "INSERT INTO attempts")
+"""How the statements of a claim begin."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure how claims scale on PostgreSQL.")
@@ -37,17 +44,25 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, start_postgresql(Path(folder)) as server:
         migrations.upgrade(server.url)
-        print("workers   jobs/s   claim p50 ms   p95 ms   statements/job   lock waits seen   granted twice")
+        print(
+            "workers   jobs/s   claim p50 ms   p95 ms   statements/job   claims waited   others waited   granted twice"
+        )
         for workers in map(int, asked.workers.split(",")):
             measure(server.url, workers, asked.queued, asked.jobs)
 
 
 def fill(session: Session, queued: int) -> list[str]:
-    """A queue of that many jobs, and their ids: one handed in, the others its copies, in a few statements."""
+    """A queue of that many jobs, and their ids: one handed in, the others its copies, in a few statements. KEYS keys
+    have as many each, which stand where they would had each key handed in all of its own."""
     now = clock(session)
-    first = a_job(session, a_key(session, now), now)
+    keys = [a_key(session, now).id for _ in range(KEYS)]
+    first = a_job(session, keys[0], now)
     facts = {column.name: getattr(first, column.name) for column in Job.__table__.columns}
-    copies = [{**facts, "id": jobs.new_job_id(now)} for _ in range(queued - 1)]
+    copies = []
+    for number in range(1, queued):
+        place, key = divmod(number, KEYS)
+        tag_px = place * first.output_px
+        copies.append({**facts, "id": jobs.new_job_id(now), "owner_key_id": keys[key], "start_tag_px": tag_px})
     for start in range(0, len(copies), 500):
         session.execute(insert(Job), copies[start : start + 500])
     return [first.id, *(copy["id"] for copy in copies)]
@@ -58,13 +73,12 @@ def measure(url: str, workers: int, queued: int, count: int) -> None:
     database = Database(url)
     with database.transaction() as session:
         session.execute(text("TRUNCATE jobs, attempts, deliveries, api_keys CASCADE"))
-        ids = fill(session, queued)[:count]
+        fill(session, queued)
     with database.engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
         connection.execute(text("ANALYZE"))
-    messages: queue.SimpleQueue[str] = queue.SimpleQueue()
-    for job_id in ids:
-        messages.put(job_id)
-        messages.put(job_id)
+    messages: queue.SimpleQueue[None] = queue.SimpleQueue()
+    for _ in range(2 * count if count == queued else count):
+        messages.put(None)
     statements = 0
     seconds: list[float] = []
     counting = threading.Lock()
@@ -79,13 +93,16 @@ def measure(url: str, workers: int, queued: int, count: int) -> None:
     def work(name: str) -> None:
         while True:
             try:
-                job_id = messages.get_nowait()
+                messages.get_nowait()
             except queue.Empty:
                 return
             began = time.perf_counter()
             with database.transaction() as session:
                 now = clock(session)
-                claim = jobs.claim(session, job_id, worker_id=name, device="cpu", lease_seconds=20, now=now)
+                job_id = jobs.next_due(session, ["cpu.interactive", "cpu.bulk"], now=now)
+                claim = None
+                if job_id is not None:
+                    claim = jobs.claim(session, job_id, worker_id=name, device="cpu", lease_seconds=20, now=now)
             took = time.perf_counter() - began
             with counting:
                 seconds.append(took)
@@ -97,15 +114,15 @@ def measure(url: str, workers: int, queued: int, count: int) -> None:
             with database.transaction() as session:
                 jobs.succeed(session, claim, result, now=clock(session))
 
-    watching, waits = threading.Event(), 0
+    watching = threading.Event()
+    waits: Counter[str] = Counter()
 
     def watch() -> None:
-        nonlocal waits
         looking = Database(url)
         while not watching.wait(0.05):
             with looking.reading() as session:
-                found = session.scalar(text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
-                waits += int(found or 0)
+                waiting = session.scalars(text("SELECT query FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
+                waits.update("claims" if query.startswith(CLAIMING) else "others" for query in waiting)
         looking.close()
 
     watcher = threading.Thread(target=watch)
@@ -126,7 +143,7 @@ def measure(url: str, workers: int, queued: int, count: int) -> None:
     cuts = quantiles(seconds, n=20)
     print(
         f"{workers:7}   {count / took:6.0f}   {1000 * cuts[9]:12.1f}   {1000 * cuts[18]:6.1f}   "
-        f"{statements / count:14.2f}   {waits:15}   {twice:13}",
+        f"{statements / count:14.2f}   {waits['claims']:13}   {waits['others']:13}   {twice:13}",
         flush=True,
     )
     database.close()

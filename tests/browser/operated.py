@@ -190,7 +190,8 @@ def _succeed(site: Site, claim: Claim) -> None:
         large = image.convert("RGB").resize((image.width * 4, image.height * 4))
         thumbnails.begins(np.asarray(image.convert("RGB")), large.width, large.height)
         thumbnails.made(np.asarray(large))
-        thumbnails.store_result()
+        with thumbnails.storing_result():
+            pass
     with site.database.transaction() as session:
         jobs.keep_trace(session, claim, a_trace(9))
 

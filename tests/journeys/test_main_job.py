@@ -297,10 +297,10 @@ def test_duplicate_and_stray_messages_change_nothing(
     try:
         job = service.submit(photograph(32, 24), webhook_url=receiver.url)
         for job_id in [job["id"]] * 10 + ["job_nobody"]:
-            broker.publish_job(outbox.JobMessage(job_id, "cpu.interactive", 1.0))
+            broker.publish_job(outbox.JobMessage(job_id, "cpu.interactive"))
         done = service.wait(job["id"])
         for _ in range(5):
-            broker.publish_job(outbox.JobMessage(job["id"], "cpu.interactive", 1.0))
+            broker.publish_job(outbox.JobMessage(job["id"], "cpu.interactive"))
     finally:
         broker.close()
     # What comes after them on the queue has been worked off: so have they.

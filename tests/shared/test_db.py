@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,22 @@ def test_a_locked_sqlite_is_unavailable_and_not_a_crash(
                 a_key(session, now)
     finally:
         impatient.close()
+
+
+def test_a_writer_whose_turn_does_not_come_is_told_so_and_the_next_has_it(
+    sqlite_database: Database, monkeypatch: pytest.MonkeyPatch, now: datetime
+) -> None:
+    def write() -> None:
+        with sqlite_database.transaction() as session:
+            a_key(session, now)
+
+    monkeypatch.setattr("shared.db.SQLITE_BUSY_TIMEOUT_SECONDS", 0.05)
+    with ThreadPoolExecutor(1) as other:
+        with sqlite_database.transaction(), pytest.raises(DatabaseUnavailable):
+            other.submit(write).result()
+        with pytest.raises(ZeroDivisionError), sqlite_database.transaction():
+            _ = 1 / 0
+        other.submit(write).result()
 
 
 def test_a_lost_connection_is_replaced_and_a_killed_server_is_unavailable(tmp_path: Path) -> None:

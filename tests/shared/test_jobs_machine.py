@@ -105,7 +105,8 @@ MOST_JOBS = 3
 VERBS = (
     *("remove", "heartbeat", "progress", "acknowledge_cancel", "expire_overdue", "sweep", "cancel", "succeed"),
     *("submit", "retry", "retry", "fail", "release", "rescue_lost") * 2,
-    *("claim", "time_passes") * 4,
+    *("claim", "time_passes") * 3,
+    *("claim_next",) * 2,
 )
 
 
@@ -255,7 +256,9 @@ class JobsMachine(RuleBasedStateMachine):
     # --- workers, in time or late: `claims` never forgets an old one ---
 
     def claim(self, which: int, how: int) -> None:
-        job_id = self.job_id(which, lambda model: model.is_due(self.now))
+        self.claim_job(self.job_id(which, lambda model: model.is_due(self.now)), how)
+
+    def claim_job(self, job_id: str, how: int) -> None:
         with self.step() as session:
             claim = jobs.claim(
                 session, job_id, worker_id=f"w{how % 2}", device="cpu", lease_seconds=LEASE_SECONDS, now=self.now
@@ -270,6 +273,15 @@ class JobsMachine(RuleBasedStateMachine):
         assert claim == Claim(job_id, model.attempt, announces_progress=True)
         self.claims.append(claim)
         self.reached["second attempts"] += claim.attempt > 1
+
+    def claim_next(self, _which: int, how: int) -> None:
+        """By a message that may be any job's: there is a job for it as long as one is due."""
+        with self.step() as session:
+            job_id = jobs.next_due(session, ("cpu.interactive", "cpu.bulk"), now=self.now)
+        due = [model.id for model in self.models.values() if model.is_due(self.now)]
+        assert (job_id in due) if due else job_id is None
+        if job_id is not None:
+            self.claim_job(job_id, how)
 
     def touch(self, claim: Claim, act: Callable[[Session], bool]) -> None:
         model = self.held(claim)

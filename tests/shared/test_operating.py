@@ -5,11 +5,12 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 
 import pytest
+from sqlalchemy import select
 
 from shared import audit, jobs, queries, workers
 from shared.db import Database
 from shared.errors import NotFound
-from shared.models import Job, JobState
+from shared.models import Job
 from shared.outbox import mark_published
 from shared.workers import WorkerFacts
 from tests.factories import LEASE_SECONDS, a_claim, a_job, a_key
@@ -110,19 +111,21 @@ def test_there_is_no_draining_of_a_worker_there_is_not(sqlite_database: Database
         workers.resume(session, "nobody")
 
 
-def test_a_message_given_back_is_due_again_only_while_the_job_waits(database: Database, now: datetime) -> None:
+def test_each_message_given_back_has_another_job_sent_again(database: Database, now: datetime) -> None:
+    queues = ("cpu.interactive", "cpu.bulk")
     with database.transaction() as session:
-        job_id = a_job(session, a_key(session, now), now).id
-        mark_published(session, [job_id], "generation", now)
-        jobs.give_message_back(session, job_id)
-    with database.transaction() as session:
-        job = session.get_one(Job, job_id)
-        assert (job.state, job.published_at) == (JobState.QUEUED, None)
-        mark_published(session, [job_id], "generation", now)
-        a_claim(session, job_id, now)
-        jobs.give_message_back(session, job_id)
-    with database.reading() as session:
-        assert session.get_one(Job, job_id).published_at == now
+        key = a_key(session, now)
+        ids = [a_job(session, key, now, queue=queue).id for queue in ("cpu.interactive", "cpu.bulk", "cpu.bulk")]
+        elsewhere = a_job(session, key, now, queue="gpu.bulk").id
+        mark_published(session, [*ids, elsewhere], "generation", now)
+        # The first is taken by another's message: its own stands for one that waits.
+        a_claim(session, ids[0], now)
+    unsent = []
+    for _ in range(3):
+        with database.transaction() as session:
+            jobs.give_message_back(session, queues, now=now)
+            unsent.append(set(session.scalars(select(Job.id).where(Job.published_at.is_(None)))))
+    assert unsent == [{ids[1]}, set(ids[1:]), set(ids[1:])], "what runs, and what waits elsewhere, is not sent again"
 
 
 def test_what_was_done_is_told_newest_first_and_what_was_rolled_back_was_not_done(

@@ -93,15 +93,14 @@ def published(database: Database) -> list[tuple[int, bool]]:
 
 
 def test_a_message_carries_an_id_and_nothing_else(broker: Broker, redis_url: str) -> None:
-    broker.publish_job(JobMessage("job_1", "cpu.interactive", expected_seconds=2.0))
-    broker.publish_job(JobMessage("job_2", "gpu.bulk", expected_seconds=1000.0))
+    broker.publish_job(JobMessage("job_1", "cpu.interactive"))
+    broker.publish_job(JobMessage("job_2", "gpu.bulk"))
     broker.publish_chore(outbox.DELIVER_WEBHOOK, "msg_1")
     broker.publish_chore(outbox.SWEEP_BLOBS)
     assert messages(redis_url, "cpu.interactive") == [
-        {"task": outbox.RUN_JOB, "args": ["job_1"], "timelimit": [1800, 1740]}
+        {"task": outbox.RUN_JOB, "args": ["job_1"], "timelimit": [None, None]}
     ]
-    # Ten times what is expected, where that is longer than half an hour.
-    assert messages(redis_url, "gpu.bulk") == [{"task": outbox.RUN_JOB, "args": ["job_2"], "timelimit": [10_000, 9940]}]
+    assert messages(redis_url, "gpu.bulk") == [{"task": outbox.RUN_JOB, "args": ["job_2"], "timelimit": [None, None]}]
     assert messages(redis_url, "chores") == [
         {"task": outbox.SWEEP_BLOBS, "args": [], "timelimit": [None, None]},
         {"task": outbox.DELIVER_WEBHOOK, "args": ["msg_1"], "timelimit": [None, None]},
@@ -110,7 +109,7 @@ def test_a_message_carries_an_id_and_nothing_else(broker: Broker, redis_url: str
 
 def test_a_mistyped_queue_is_an_error_and_not_a_queue_nobody_reads(broker: Broker) -> None:
     with pytest.raises(Exception, match="cpu.interactiv"):
-        broker.publish_job(JobMessage("job_1", "cpu.interactiv", expected_seconds=1.0))
+        broker.publish_job(JobMessage("job_1", "cpu.interactiv"))
 
 
 def test_celery_is_set_as_reliability_asks(settings: Settings) -> None:
@@ -398,7 +397,7 @@ def test_the_hurrier_sends_at_once_and_marks_what_it_sent(
 ) -> None:
     (job_id,) = queue_jobs(database, 1)
     hurrier = Hurrier(broker, database)
-    hurrier.publish(JobMessage(job_id, "cpu.interactive", 1.0))
+    hurrier.publish(JobMessage(job_id, "cpu.interactive"))
     wait_until(lambda: published(database) == [(1, True)], seconds=20, what="the mark of the hurrier")
     hurrier.close()
     assert ids_in(redis_url) == [job_id]
@@ -416,7 +415,7 @@ def test_publishing_never_waits_for_redis(sqlite_database: Database, settings: S
             seconds = []
             for job_id in ids:
                 began = time.perf_counter()
-                hurrier.publish(JobMessage(job_id, "cpu.interactive", 1.0))
+                hurrier.publish(JobMessage(job_id, "cpu.interactive"))
                 seconds.append(time.perf_counter() - began)
             # The median, since another process may hold the processor for any single one.
             assert statistics.median(seconds) < 0.005, f"a publish took {max(seconds) * 1000:.1f} ms"
@@ -431,7 +430,7 @@ def test_a_hurrier_with_a_full_backlog_drops_and_does_not_wait(
     sqlite_database: Database, settings: Settings, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (job_id,) = queue_jobs(sqlite_database, 1)
-    message = JobMessage(job_id, "cpu.interactive", 1.0)
+    message = JobMessage(job_id, "cpu.interactive")
     asked, going_on = threading.Event(), threading.Event()
 
     def slow_generation() -> str:
@@ -460,7 +459,7 @@ def test_a_hurrier_that_is_closed_sends_what_waits_and_ends_its_thread(
     hurrier = Hurrier(broker, sqlite_database)
     hurrier.close()
     for job_id in ids:
-        hurrier.publish(JobMessage(job_id, "cpu.interactive", 1.0))
+        hurrier.publish(JobMessage(job_id, "cpu.interactive"))
     hurrier.close()
     assert sorted(ids_in(redis_url)) == sorted(ids)
     assert published(sqlite_database) == [(1, True)] * 30
@@ -485,17 +484,17 @@ def test_a_hurrier_whose_sql_is_away_goes_on_publishing(
     with broker_at(settings, redis_url) as broker:
         hurrier = Hurrier(broker, sqlite_database)
         for count, job_id in enumerate(ids, start=1):
-            hurrier.publish(JobMessage(job_id, "cpu.interactive", 1.0))
+            hurrier.publish(JobMessage(job_id, "cpu.interactive"))
             wait_until(functools.partial(has_marked, count), seconds=20, what="the hurrier's mark")
         hurrier.close()
     assert sorted(ids_in(redis_url)) == sorted(ids)
 
 
 def test_a_message_is_made_from_its_row(sqlite_database: Database) -> None:
-    (job_id,) = queue_jobs(sqlite_database, 1, expected_seconds=2.5, queue="gpu.bulk")
+    (job_id,) = queue_jobs(sqlite_database, 1, queue="gpu.bulk")
     with sqlite_database.reading() as session:
         message = outbox.message_of(session.get_one(Job, job_id))
-    assert message == JobMessage(job_id, "gpu.bulk", 2.5)
+    assert message == JobMessage(job_id, "gpu.bulk")
     assert replace(message, job_id="x") != message
 
 
@@ -506,13 +505,13 @@ def test_a_frozen_redis_holds_nobody_for_longer_than_its_timeouts(settings: Sett
     with a_frozen_redis() as url, broker_at(settings, url) as broker:
         began = time.monotonic()
         with pytest.raises(BrokerUnavailable):
-            broker.publish_job(JobMessage("job_1", "cpu.interactive", 1.0))
+            broker.publish_job(JobMessage("job_1", "cpu.interactive"))
         assert time.monotonic() - began < 20
 
 
 def test_redis_is_used_again_when_it_is_back(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("redis-that-dies")
-    message = JobMessage("job_1", "cpu.interactive", 1.0)
+    message = JobMessage("job_1", "cpu.interactive")
     with servers.start_redis(folder) as server, broker_at(settings, server.url) as broker:
         broker.publish_job(message)
         server.kill()

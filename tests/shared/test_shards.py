@@ -283,8 +283,8 @@ def test_a_message_is_sent_for_each_free_shard_and_again_for_one_that_was_lost(
         job, claim = a_shared_job(session, now)
         holds(session, claim, now)
     assert relay() == 1
-    assert messages(redis_url, "cpu.interactive") == [
-        {"task": outbox.HELP_JOB, "args": [job.id], "timelimit": [1800, 1740]}
+    assert [(each["task"], each["args"]) for each in messages(redis_url, "cpu.interactive")] == [
+        (outbox.HELP_JOB, [job.id])
     ]
     assert relay() == 0, "it is on its way"
     with sqlite_database.transaction() as session:
@@ -294,12 +294,13 @@ def test_a_message_is_sent_for_each_free_shard_and_again_for_one_that_was_lost(
     with sqlite_database.transaction() as session:
         session.get_one(Shard, (job.id, 1)).published_at = now - timedelta(seconds=61)
     assert relay() == 1, "nothing came of it"
-    with sqlite_database.transaction() as session:
-        shards.give_messages_back(session, job.id)
-    assert relay() == 2
+    for _ in range(2):
+        with sqlite_database.transaction() as session:
+            shards.give_message_back(session, job.id)
+        assert relay() == 1, "for one that was given back one is sent"
     with sqlite_database.transaction() as session:
         jobs.cancel(session, job.id, now=now)
-        shards.give_messages_back(session, job.id)
+        shards.give_message_back(session, job.id)
     assert relay() == 0
     broker.close()
 

@@ -121,10 +121,10 @@ def test_a_process_whose_device_is_broken_ends_after_its_job(settings: Settings,
     ran = []
 
     class Executor:
-        def run(self, job_id: str) -> None:
+        def run(self, job_id: str, queue: str | None) -> None:
             ran.append((RUN_JOB, job_id))
 
-        def help(self, job_id: str) -> None:
+        def help(self, job_id: str, queue: str | None) -> None:
             ran.append((HELP_JOB, job_id))
 
     executor = Executor()
@@ -243,6 +243,30 @@ def test_an_image_worker_does_urgent_jobs_first_and_gives_back_what_it_cannot_fi
         assert client.hlen("unacked") == 0
         assert client.llen("cpu.interactive") == 0
     broker.close()
+
+
+PAST_ITS_LIMIT = """
+import sys
+from types import SimpleNamespace
+
+executor = SimpleNamespace()
+sys.modules["worker.execute"] = SimpleNamespace(Executor=SimpleNamespace(start=lambda settings, queues: executor))
+from celery import Celery
+from worker.images import ImagesLoader
+
+app = Celery("limited", set_as_current=False)
+app.conf.task_queues = []
+ImagesLoader(app).process_started()
+executor.set_limit(0.1)
+executor.set_limit(0)
+executor.set_limit(0.2)
+sum(range(10**12))
+"""
+
+
+def test_an_image_process_is_ended_at_its_limit_also_in_the_middle_of_one_c_call() -> None:
+    ran = subprocess.run([sys.executable, "-c", PAST_ITS_LIMIT], cwd=ROOT, timeout=120)
+    assert ran.returncode == -signal.SIGALRM
 
 
 def test_a_chores_worker_delivers_sweeps_and_stops(

@@ -7,12 +7,14 @@ import io
 import os
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from shared import sandbox
 from shared.errors import InternalError, InvalidImage, TooManyPixels, Unavailable, UnsupportedFormat
 from shared.pictures import FORMATS, inspect
 from shared.sandbox import Limits, Sandbox
@@ -88,6 +90,38 @@ def test_the_samples_are_mapped_and_not_copied(decoder: Sandboxed) -> None:
     while isinstance(base, np.ndarray):
         base = base.base
     assert type(base).__name__ in ("mmap", "memoryview")
+
+
+@pytest.mark.parametrize("kind", ["png", "rgba", "16 bits with alpha"])
+def test_a_large_picture_moves_to_disk_and_rows_that_rest_are_no_memory(
+    decoder: Sandboxed, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(sandbox, "KEPT_IN_MEMORY_BYTES", 0)
+    file = io.BytesIO(every_kind(600, 700)[kind])
+    expected = codec.decode(file, max_input_px=MAX_PX)
+    found = decoder.decode(file, decoder.inspect(file))
+    assert np.array_equal(found.rgb, expected.rgb)
+    in_memory = resident_bytes(found)
+    assert in_memory >= found.rgb.nbytes
+    found.rest(0, 100)
+    found.rest(100, 550)
+    assert resident_bytes(found) < in_memory * 0.15
+    assert found.rgb.flags.writeable
+    assert np.array_equal(found.rgb, expected.rgb)
+    if expected.alpha is not None:
+        assert np.array_equal(found.alpha, expected.alpha)  # type: ignore[arg-type]
+    # One that lies in memory has no pages to let go of.
+    expected.rest(0, 550)
+
+
+def resident_bytes(picture: codec.Picture) -> int:
+    """Of the file that the picture is mapped from, as the kernel counts for this process."""
+    start = picture.rgb.__array_interface__["data"][0]
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    for line in lines:
+        if line.startswith(f"{start:x}-"):
+            return next(1024 * int(each.split()[1]) for each in lines if each.startswith("Rss:"))
+    raise LookupError(start)
 
 
 @pytest.mark.parametrize("kind", every_kind(1, 1))

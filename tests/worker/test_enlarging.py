@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from shared.catalog import card
-from shared.errors import BadOutput, FormatCannotHoldSize, InvalidImage, ModelUnavailable, OutputTooLarge, TooManyPixels
+from shared.errors import (
+    BadOutput,
+    DiskFull,
+    FormatCannotHoldSize,
+    InvalidImage,
+    ModelUnavailable,
+    OutputTooLarge,
+    TooManyPixels,
+)
 from tests.worker import a_network
-from worker import enlarging
+from worker import codec, enlarging
 from worker.enlarging import Engine, Enlarged, Progress, Unwatched, Wanted
 
 WIDTH, HEIGHT = 20, 12
@@ -203,6 +212,52 @@ def test_what_the_watch_raises_stops_the_work_and_leaves_no_file(engine: Engine,
     with pytest.raises(Enough):
         engine.enlarge_file(a_file(Image.new("RGB", (9, 9))), tmp_path / "result.png", Wanted(), Stopping())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_encoder_that_fails_while_the_network_runs_ends_the_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    networks = a_network.install(monkeypatch)
+    engine = Engine("cpu", max_input_px=10_000, max_output_px=1_000_000, tile_px=2)
+
+    def full(*_: object) -> None:
+        raise DiskFull
+
+    monkeypatch.setattr(enlarging, "HELD_BEHIND_BYTES", 0)
+    monkeypatch.setattr(codec.Encoder, "write", full)
+    with pytest.raises(DiskFull):
+        engine.enlarge_file(a_file(Image.new("RGB", (2, 40))), tmp_path / "result.png", Wanted())
+    assert networks["cpu"].calls < 20, "the network does not run on for nothing"
+    assert list(tmp_path.iterdir()) == []
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("behind", "encode"))]
+
+
+def test_what_waits_for_the_encoder_is_dropped_where_the_work_is_stopped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Enough(Exception):
+        pass
+
+    written: list[int] = []
+    stopped = threading.Event()
+
+    def slow(_encoder: codec.Encoder, rows: NDArray[Any]) -> None:
+        written.append(len(rows))
+        stopped.wait(20)
+
+    class Stopping(Unwatched):
+        def progressed(self, progress: Progress) -> None:
+            if progress.bands_done == 18:
+                # The encoder is at its first band, and all others wait for it.
+                stopped.set()
+                raise Enough
+
+    a_network.install(monkeypatch)
+    monkeypatch.setattr(codec.Encoder, "write", slow)
+    engine = Engine("cpu", max_input_px=10_000, max_output_px=1_000_000, tile_px=2)
+    with pytest.raises(Enough):
+        engine.enlarge_file(a_file(Image.new("RGB", (2, 40))), tmp_path / "result.png", Wanted(), Stopping())
+    assert sum(written) < 9 * 8
 
 
 class OfHalfPrecision(a_network.Repeating):

@@ -47,6 +47,8 @@ from tests.conftest import little_room, wait_until
 from tests.factories import LEASE_SECONDS, a_claim, a_job, a_key, a_png, options
 from tests.worker import a_network
 from worker import execute
+from worker.ahead import Ahead
+from worker.decoding import Sandboxed
 from worker.enlarging import Engine, Progress
 from worker.execute import (
     Canceled,
@@ -231,6 +233,25 @@ def test_an_attempt_turns_a_queued_job_into_a_stored_result(
     assert job.labels is None
     assert bench.attempts(job_id) == ["succeeded"]
     assert bench.current_job_id is None
+
+
+def test_an_attempt_takes_the_picture_that_was_fetched_while_the_one_before_ran(bench: Bench) -> None:
+    decoder = Sandboxed(1_000_000)
+    first, second = bench.submit(), bench.submit()
+    ahead = Ahead(decoder, bench.storage, lambda: bench.job(second))
+    engines = {"cpu": Engine.of(bench.settings, "cpu", ahead)}
+    executor = Executor(
+        bench.database, bench.storage, bench.settings, engines, bench.executor.presence.facts, decoder, ahead=ahead
+    )
+    try:
+        assert isinstance(executor.run(first), Succeeded)
+        assert bench.job(second).state == JobState.QUEUED
+        wait_until(lambda: ahead._look is not None and ahead._look.ready, seconds=20, what="the next picture")
+        bench.storage.remove(bench.job(second).input_key)
+        assert isinstance(executor.run(second), Succeeded)
+    finally:
+        decoder.close()
+    assert bench.job(second).result_sha256 == bench.job(first).result_sha256
 
 
 def test_an_attempt_leaves_its_trace_and_both_thumbnails(bench: Bench) -> None:
@@ -424,9 +445,59 @@ def test_a_message_for_a_job_that_is_gone_is_harmless(bench: Bench) -> None:
     assert bench.executor.run("job_none") is None
 
 
+def test_a_message_leads_to_the_job_whose_turn_it_is(bench: Bench) -> None:
+    first = [bench.submit() for _ in range(3)]
+    with bench.database.transaction() as session:
+        bench.key = a_key(session, clock(session))
+    other = bench.submit()
+    taken = []
+    # Newest first: whose messages they are decides nothing.
+    for job_id in [other, *first[::-1]]:
+        assert isinstance(bench.executor.run(job_id, "cpu.interactive"), Succeeded)
+        taken.append(next(each for each in [*first, other] if each not in taken and bench.job(each).finished_at))
+    assert taken.index(other) <= 1
+    assert sorted(taken) == sorted([*first, other])
+    assert bench.executor.run(other, "cpu.interactive") is None
+
+
+def test_interactive_jobs_come_first_and_bulk_jobs_come(bench: Bench) -> None:
+    """A steady load: an interactive job waits at every claim."""
+    bulk = [bench.submit(queue="cpu.bulk", priority="bulk") for _ in range(2)]
+    turns = []
+    for _ in range(11):
+        urgent = bench.submit()
+        bench.executor.run(urgent, "cpu.interactive")
+        turns.append(sum(bench.job(job_id).state == JobState.SUCCEEDED for job_id in bulk))
+    assert turns == [0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2]
+
+
+def test_an_attempt_has_a_limit_by_what_its_own_job_is_expected_to_take(bench: Bench) -> None:
+    limits: list[float] = []
+    bench.executor.set_limit = limits.append
+    short, long = bench.submit(expected_seconds=1.0), bench.submit(expected_seconds=1000.0)
+    bench.executor.run(long)
+    bench.executor.run(short)
+    assert limits == [1800, 0, 10_000, 0], "the message of the long one led to the short one"
+
+
+def test_a_claim_that_met_another_worker_looks_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id, next_due, met = bench.submit(), jobs.next_due, []
+
+    def just_taken(session: Session, queues: Any, *, now: Any) -> str | None:
+        met.append(queues)
+        return "job_that_another_took" if len(met) in (1, 3, 4, 5, 6, 7) else next_due(session, queues, now=now)
+
+    monkeypatch.setattr(jobs, "next_due", just_taken)
+    assert isinstance(bench.executor.run(job_id), Succeeded)
+    assert len(met) == 2
+    assert bench.executor.run(job_id, "cpu.interactive") is None
+    assert len(met) == 2 + execute.CLAIM_TRIES
+
+
 def test_a_late_message_does_not_take_a_job_that_was_moved_to_another_device(bench: Bench) -> None:
     job_id = bench.submit(queue="gpu.interactive")
     assert bench.executor.run(job_id) is None
+    assert bench.executor.run(job_id, "cpu.interactive") is None
     assert bench.job(job_id).state == JobState.QUEUED
 
 

@@ -8,11 +8,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from shared import jobs, queries
@@ -21,6 +23,7 @@ from shared.errors import BrokerUnavailable, DatabaseUnavailable
 from shared.models import Job, JobState
 from shared.outbox import Broker
 from shared.settings import ENV_PREFIX, Settings
+from shared.workers import WorkerFacts, enlist, seen
 from tests.conftest import wait_until
 from tests.factories import a_claim, a_job, a_key
 from worker import relay
@@ -41,6 +44,39 @@ def a_lapsed_job(database: Database) -> str:
         made = a_job(session, a_key(session, now), now)
         a_claim(session, made.id, now)
     return made.id
+
+
+def test_auto_jobs_of_a_gpu_that_is_lost_go_to_the_cpu_and_come_back_with_it(
+    database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay, "ROWS_AT_ONCE", 2)
+    silence_seconds = settings.worker_lost_after_seconds + 1
+
+    def facts(device: str) -> WorkerFacts:
+        return WorkerFacts(device, "images", device, 1, (f"{device}.interactive", f"{device}.bulk"), device)
+
+    def waiting() -> dict[str, int]:
+        with database.reading() as session:
+            return dict(Counter(session.scalars(select(Job.queue))))
+
+    # Given five jobs for whatever device there is, two for a GPU, and a GPU that says nothing any more,
+    with database.transaction() as session:
+        now = clock(session)
+        key = a_key(session, now)
+        enlist(session, facts("cpu"), now=now)
+        enlist(session, facts("gpu"), now=now - timedelta(seconds=silence_seconds))
+        for number in range(7):
+            device = "auto" if number < 5 else "gpu"
+            queue = queries.image_queue("gpu", ("interactive", "bulk")[number % 2], gpu_alive=True)
+            a_job(session, key, now, queue=queue, device=device)
+    # when the relay looks, then those that may go to the CPU;
+    relay.route(database, settings)
+    assert waiting() == {"cpu.interactive": 3, "cpu.bulk": 2, "gpu.interactive": 1, "gpu.bulk": 1}
+    # and when the GPU is heard of again, back.
+    with database.transaction() as session:
+        seen(session, "gpu", models_loaded=[], now=clock(session))
+    relay.route(database, settings)
+    assert waiting() == {"gpu.interactive": 4, "gpu.bulk": 3}
 
 
 def test_a_step_that_cannot_be_done_is_tried_again_and_the_others_go_on() -> None:

@@ -536,6 +536,30 @@ def test_a_result_that_is_another_picture_is_made_again_in_full_precision(
         assert isinstance(outcome.error, BadOutput)
 
 
+def test_a_job_that_waits_comes_before_the_shards_of_another(bench: SharedBench) -> None:
+    large, small = bench.hand_in(), ""
+    outcomes: list[object] = []
+    given_back: list[int] = []
+
+    def help() -> None:
+        nonlocal small
+        with bench.database.transaction() as session:
+            due = shards.due(session, max_tries=3, resend_after_seconds=60, now=clock(session))
+        assert len(due) == 3
+        small = bench.submit()
+        outcomes.append(bench.helper.help(large, "cpu.interactive"))
+        given_back.extend(row.position for row in bench.shards(large) if row.published_at is None)
+        outcomes.append(bench.helper.help(large, "cpu.interactive"))
+
+    bench.at_call(1, help)
+    assert isinstance(bench.executor.run(large), Succeeded)
+    assert [type(outcome) for outcome in outcomes] == [Succeeded, Helped]
+    assert bench.job(small).state == JobState.SUCCEEDED
+    # The first is the executor's own, and was never asked for.
+    assert given_back == [0, 1]
+    bench.assert_right(large)
+
+
 def test_a_drained_worker_does_not_help(bench: SharedBench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(execute, "DRAINED_LOOK_SECONDS", 0.01)
     job_id = bench.hand_in()

@@ -101,6 +101,16 @@ def test_any_picture_in_any_strips_is_the_whole_one(height: int, width: int, fed
     assert float((made - whole(module, image)).abs().max()) < HALF_A_LEVEL
 
 
+def test_a_wide_picture_is_cut_into_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(networks, "STRIP_COLUMNS", 17)
+    module, image = srresnet(), picture(60, 50)
+    work = plan_work(network_of(module), 50, 60, 4)
+    assert work.tile_count == 3 * work.band_count
+    assert 1 < work.waste < 3
+    made = torch.cat(list(network_of(module).rows(pieces(image, 16))), dim=1)
+    assert float((made - whole(module, image)).abs().max()) < HALF_A_LEVEL
+
+
 def test_the_x2_and_x3_of_the_compact_network_cannot_be_drawn() -> None:
     assert Compact(2).draw() == []
 
@@ -179,33 +189,37 @@ def test_what_strips_do_is_what_tiles_do_and_nothing_is_computed_twice() -> None
     assert np.abs(made.astype(int) - by_tiles).max() <= 1
 
 
+@pytest.mark.parametrize("columns", [24, 13], ids=["one-part", "two-parts"])
 @pytest.mark.parametrize(
-    ("module", "rows_in_strip"),
-    [pytest.param(srresnet(), 6, id="srresnet"), pytest.param(with_contrast(Compact(4), 0.9), 12, id="compact")],
+    "module",
+    [pytest.param(srresnet(), id="srresnet"), pytest.param(with_contrast(Compact(4), 0.9), id="compact")],
 )
-def test_a_part_in_strips_is_to_the_last_bit_what_it_is_in_the_whole(
-    monkeypatch: pytest.MonkeyPatch, module: Architecture, rows_in_strip: int
+def test_a_shard_in_strips_is_what_it_is_in_the_whole_to_one_level(
+    monkeypatch: pytest.MonkeyPatch, module: Architecture, columns: int
 ) -> None:
     width = 24
-    monkeypatch.setattr(networks, "STRIP_PX", width * rows_in_strip)
+    monkeypatch.setattr(networks, "STRIP_PX", width * 12)
+    monkeypatch.setattr(networks, "STRIP_COLUMNS", columns)
     # Strips so small are not worth a second thread.
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     network = network_of(module)
-    height = network.rows_to_settle(width) + 80
+    height = network.reach_px + 90
     image = picture(height, width)
-    whole_plan = plan_strips(width, height, band_px=width * 10)
+    spans = networks.strip_columns(width, network.halo_px)
+    whole_plan = plan_strips(width, height, band_px=width * 10, columns=spans)
     work = replace(plan_work(network, width, height, network.scale), plans=(whole_plan,))
-    whole = np.concatenate([rows.pixels for rows in enlarge(network, image, network.scale, work=work)])
-    for first, last in ((1, 3), (len(whole_plan.bands) - 4, len(whole_plan.bands) - 2)):
+    whole = np.concatenate([rows.pixels for rows in enlarge(network, image, network.scale, work=work)]).astype(int)
+    for first, last in ((1, 3), (len(whole_plan.bands) - 4, len(whole_plan.bands) - 2), (-2, None)):
         bands = whole_plan.bands[first:last]
         part = replace(work, plans=(replace(whole_plan, bands=bands),))
         made = list(enlarge(network, image, network.scale, work=part))
         top = bands[0].region.y * network.scale
         assert made[0].y_px == top
         pixels = np.concatenate([rows.pixels for rows in made])
-        difference = np.abs(pixels - whole[top : top + len(pixels)]).max(axis=(1, 2))
-        assert difference.max() == 0, f"{difference.max()} in row {difference.argmax()} of bands {first} to {last}"
-    assert network.first_row_for(bands[0].region.y, width) > 0, "the last part was not begun at the top"
+        assert len(pixels) == sum(band.region.height for band in bands) * network.scale
+        difference = np.abs(pixels - whole[top : top + len(pixels)])
+        assert difference.max() <= 1, f"{difference.max()}, mean {difference.mean()}, in bands {first} to {last}"
+    assert bands[0].region.y > network.reach_px, "the last part was not begun at the top"
 
 
 def test_what_watches_can_stop_within_a_strip() -> None:
@@ -221,9 +235,9 @@ def test_what_watches_can_stop_within_a_strip() -> None:
 
 def test_a_picture_too_wide_for_the_memory_is_cut_into_tiles() -> None:
     network = network_of(srresnet())
-    needed = network.strips_bytes(3000)
-    assert plan_work(network, 3000, 200, 4, memory_bytes=needed).plans[0].in_strips
-    assert not plan_work(network, 3000, 200, 4, memory_bytes=needed - 1).plans[0].in_strips
+    enough = -(-network.strips_bytes(3000) // upscale.STRIPS_MEMORY)
+    assert plan_work(network, 3000, 200, 4, memory_bytes=enough).plans[0].in_strips
+    assert not plan_work(network, 3000, 200, 4, memory_bytes=enough - 1).plans[0].in_strips
 
 
 @pytest.mark.parametrize(("answer", "counted"), [(float("nan"), (1, 0)), (0.5, (0, 1))])
@@ -243,8 +257,14 @@ def test_an_answer_that_cannot_be_right_is_refused(
 
 
 def test_bands_of_a_plan_in_strips_are_about_as_large_as_asked() -> None:
-    made = plan_strips(100, 1000, band_px=5_000)
+    made = plan_strips(100, 1000, band_px=5_000, columns=networks.strip_columns(100, 9))
     assert [band.region.height for band in made.bands] == [50] * 20
     assert (made.halo_px, made.tile_px, made.waste) == (0, 100, 1.0)
-    assert plan_strips(8000, 3, band_px=5_000).bands[2].region.height == 1
-    assert upscale.STRIPS_BAND_PX > 0
+    wide = plan_strips(8000, 3, band_px=5_000, columns=networks.strip_columns(8000, 40))
+    assert [band.region.height for band in wide.bands] == [1, 1, 1]
+    assert [(tile.keep.width, tile.read.width) for tile in wide.bands[0].tiles] == [
+        (2000, 2040),
+        (2000, 2080),
+        (2000, 2080),
+        (2000, 2040),
+    ]

@@ -40,7 +40,8 @@ def test_a_results_thumbnail_is_made_of_the_rows_as_they_pass(storage: Storage) 
         thumbnails.begins(rows[:475, :625], width, height)
         for top in range(0, height, 333):
             thumbnails.made(rows[top : top + 333])
-        thumbnails.store_result()
+        with thumbnails.storing_result():
+            pass
     assert storage.keys() == [key("jobs/j/random", "input", 3), key("jobs/j/random", "result", 3)]
     file = io.BytesIO()
     storage.get(key("jobs/j/random", "result", 3), file)

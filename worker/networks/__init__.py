@@ -42,7 +42,9 @@ PROBE_PX = 64
 
 STRIP_PX = 24_576
 """Input px of a strip, about: in fewer, threads wait for each other; more do not fit in the processor's cache."""
-SETTLING_REACHES = 3
+STRIP_COLUMNS = 2048
+"""Columns of a strip at most. A wider picture is cut into parts with halos between them, lest the memory of a strip
+grow with the width: a twenty-fifth more work for a halo of 40 px."""
 WINOGRAD_ROWS = 6
 """Rows that Winograd's method makes at once; a strip of other heights computes some for nothing."""
 
@@ -127,10 +129,15 @@ class Network:
 
     def strips_bytes(self, width: int) -> int:
         """Memory that `rows` takes for a picture so wide, its result not counted."""
-        return sum(
-            width * (each.kept_bytes_per_column + self._strip_rows(each, width) * each.bytes_per_px)
-            for each in self._ready_strips()
-        )
+        spans = strip_columns(width, self.halo_px)
+        columns = spans[0][1].stop
+        total = 0
+        for each in self._ready_strips():
+            # Of the strip before and of this one, in pieces of memory up to twice as large (`Strips.pool`).
+            total += 4 * sum(read.stop - read.start for _, read in spans) * each.kept_bytes_per_column
+            # The first and the last strip are the highest, and there many layers work on as many rows.
+            total += columns * max(each.first_rows, self._strip_rows(each, columns)) * each.bytes_per_px
+        return total
 
     def rows(self, pieces: Iterable[NDArray[np.float32]]) -> Iterator[Tensor]:
         """A whole picture from its top down, in strips over its whole width: every row of every layer is computed once.
@@ -140,9 +147,22 @@ class Network:
         """
         pieces = iter(pieces)
         first = next(pieces)
+        spans = strip_columns(first.shape[2], self.halo_px)
         pieces = itertools.chain([first], pieces)
+        parts = [
+            self._part(_columns(copy, read), spans[0][1].stop - spans[0][1].start)
+            for copy, (_, read) in zip(itertools.tee(pieces, len(spans)), spans, strict=True)
+        ]
+        kept = [
+            slice((keep.start - read.start) * self.scale, (keep.stop - read.start) * self.scale) for keep, read in spans
+        ]
+        for made in zip(*parts, strict=True):
+            yield torch.cat([part[:, :, columns] for part, columns in zip(made, kept, strict=True)], dim=2)
+
+    def _part(self, pieces: Iterable[NDArray[np.float32]], width: int) -> Iterator[Tensor]:
+        """What the strips and `Architecture.finish` make of some columns, about `width` of them."""
         for each in self._ready_strips():
-            rows = self._strip_rows(each, first.shape[2])
+            rows = self._strip_rows(each, width)
             pieces = each.through(pieces, rows=rows, on_step=lambda: self.on_step())
         kept: Tensor | None = None
         count = self.module.drawn_rows_kept
@@ -153,26 +173,6 @@ class Network:
             if whole.shape[1] > count:
                 yield self.module.finish(whole)
 
-    def first_row_for(self, y: int, width: int) -> int:
-        """The row from which on a picture so wide must be given to `rows`, so that row `y` and those below come out as
-        they do of the whole picture, to the last bit.
-
-        Strips then begin at the same rows, or other rows would be rounded together; and what the missing rows above
-        change is over by then (`rows_to_settle`).
-        """
-        step = math.lcm(*(self._strip_rows(each, width) for each in self._ready_strips()))
-        return max(0, (y - self.rows_to_settle(width)) // step * step)
-
-    def rows_to_settle(self, width: int) -> int:
-        """So many rows are computed for nothing where `rows` begins in the middle of a picture so wide.
-
-        The first strip of each part of the network is another one than in the whole, and what it changes reaches
-        further than the network sees: Winograd's method rounds six rows together in every layer. Seen were 2.8 times
-        the reach (the compact network; SRGAN 2.0), in strips of 6 to 48 rows.
-        """
-        first = sum(each.first_rows + self._strip_rows(each, width) for each in self._ready_strips())
-        return first + SETTLING_REACHES * self.reach_px
-
     def _ready_strips(self) -> tuple[Strips, ...]:
         threads = torch.get_num_threads()
         if self._strips_threads != threads:
@@ -180,11 +180,11 @@ class Network:
             self._strips_threads = threads
         return self._strips
 
-    @staticmethod
-    def _strip_rows(each: Strips, width: int) -> int:
+    def _strip_rows(self, each: Strips, width: int) -> int:
         # So many that on the output's grid, where most of the work is, they are a multiple of what is made at once.
         step = WINOGRAD_ROWS // math.gcd(WINOGRAD_ROWS, each.output.grid)
-        return max(step, STRIP_PX // width // step * step)
+        px = STRIP_PX if each is self._strips[0] else STRIP_PX // 2
+        return max(step, px // width // step * step)
 
     def __call__(self, tile: Tensor, *, keep: Keep | None = None, half: bool = False) -> Tensor:
         """Enlarges one tile.
@@ -248,6 +248,20 @@ class Network:
         if self._half_module is None:
             self._half_module = copy.deepcopy(self.module).half()
         return self._half_module
+
+
+def strip_columns(width: int, halo_px: int) -> list[tuple[slice, slice]]:
+    """The columns whose result each part of a picture so wide keeps, and those that it reads."""
+    count = math.ceil(width / STRIP_COLUMNS)
+    edges = [index * width // count for index in range(count + 1)]
+    return [
+        (slice(left, right), slice(max(0, left - halo_px), min(width, right + halo_px)))
+        for left, right in itertools.pairwise(edges)
+    ]
+
+
+def _columns(pieces: Iterable[NDArray[np.float32]], read: slice) -> Iterator[NDArray[np.float32]]:
+    return (piece[:, :, read] for piece in pieces)
 
 
 @functools.cache

@@ -176,8 +176,12 @@ class Strips:
             1, *(-(-(kept.rows + kept.blob.delay) // kept.blob.grid) for kept in self.inputs.values())
         )
         """Least rows of a first strip that is not the last too: all layers must have what they keep."""
+        # Of ours, so that it can be emptied.
+        self.pool = ncnn.PoolAllocator()
+        # Or a small blob would take the memory of a large one, which is then asked for anew.
+        self.pool.set_size_compare_ratio(0.5)
         text = _Text(graph.layers, self.inputs)
-        self._onward, self._to_the_end = (text.net(threads, is_last=is_last) for is_last in (False, True))
+        self._onward, self._to_the_end = (text.net(threads, self.pool, is_last=is_last) for is_last in (False, True))
 
     @property
     def kept_bytes_per_column(self) -> int:
@@ -186,12 +190,14 @@ class Strips:
 
     @property
     def bytes_per_px(self) -> int:
-        """What is held at once while a strip is computed, for each of its px: at the widest layer its input thrice (as
-        it came, with the rows above, and with the padding) and its output."""
+        """What is held at once while a strip is computed, for each of its px: at the widest layer its input as it came,
+        with the rows above, with the padding and as Winograd's tiles (64 values for 36), and its output; and as much
+        again of other sizes, which ncnn keeps for its next layers."""
         windows = [layer for layer in self._layers if isinstance(layer, _Window)]
-        return 4 * max(
-            layer.inputs[0].grid ** 2 * (3 * layer.inputs[0].channels + layer.output.channels) for layer in windows
+        most = max(
+            layer.inputs[0].grid ** 2 * (5 * layer.inputs[0].channels + layer.output.channels) for layer in windows
         )
+        return 2 * 4 * most
 
     def through(
         self, pieces: Iterable[NDArray[np.float32]], *, rows: int, on_step: Callable[[], None] = lambda: None
@@ -268,9 +274,10 @@ class _Text:
         self._add("Crop", (source, f"{made}_place"), (made,), ("0=-233",))
         return made
 
-    def net(self, threads: int, *, is_last: bool) -> Any:
+    def net(self, threads: int, pool: Any, *, is_last: bool) -> Any:
         net = ncnn.Net()
         options = net.opt
+        options.blob_allocator = options.workspace_allocator = pool
         options.num_threads = threads
         for name in ("fp16_packed", "fp16_storage", "fp16_arithmetic", "bf16_storage"):
             setattr(options, f"use_{name}", False)
@@ -396,9 +403,10 @@ class _Step:
                 self._give(kept.name, np.zeros(shape, np.float32))
             else:
                 self._extractor.input(kept.name, self._above[name])
-            if not self._is_last:
-                whole = self._rows[name] + self._rows_above(name)
-                self._place(f"{name}_kept", kept.blob, whole - kept.rows, kept.rows)
+            whole = self._rows[name] + self._rows_above(name)
+            # Of the last strip nothing is kept: one row is asked for, to go through it in steps.
+            rows = 1 if self._is_last else kept.rows
+            self._place(f"{name}_kept", kept.blob, whole - rows, rows)
 
     def _rows_above(self, name: str) -> int:
         kept = self._strips.inputs.get(name)
@@ -410,12 +418,13 @@ class _Step:
         self._give(f"{name}_place", np.array(place, np.int32))
 
     def run(self, on_step: Callable[[], None]) -> NDArray[np.float32]:
-        on_step()
-        if not self._is_last:
-            # In the order of the layers: what is asked for late would be computed again.
-            for name in self._strips.inputs:
-                self.kept[name] = self._take(f"{name}_kept", packed=True)
-                on_step()
+        # In the order of the layers: what is asked for late would be computed again.
+        for name in self._strips.inputs:
+            self.kept[name] = self._take(f"{name}_kept", packed=True)
+            on_step()
+            if self._is_first or self._is_last:
+                # From layer to layer they have fewer rows, or more: memory of the one does not serve the next.
+                self._strips.pool.clear()
         return np.array(self._take(self._strips.output.name, packed=False))
 
     def _take(self, name: str, *, packed: bool) -> Any:

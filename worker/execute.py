@@ -551,13 +551,13 @@ class Executor:
         with structlog.contextvars.bound_contextvars(job_id=job_id):
             try:
                 waiting = self._claim(job_id, queue)
-                if waiting is not None:
-                    with self._database.transaction() as session:
-                        shards.give_message_back(session, job_id)
             except DatabaseUnavailable as error:
                 log.warning("shard.not_claimed", detail=error.detail)
                 return None
         if waiting is not None:
+            # Where that fails, the relay sends another when this one has not come to anything for long.
+            with contextlib.suppress(DatabaseUnavailable), self._database.transaction() as session:
+                shards.give_message_back(session, job_id)
             return self._attempted(*waiting)
         with structlog.contextvars.bound_contextvars(job_id=job_id):
             try:

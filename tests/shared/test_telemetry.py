@@ -46,7 +46,9 @@ def fields_logged() -> dict[str, set[str]]:
         for node in ast.walk(ast.parse(path.read_text())):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
                 continue
-            is_log = isinstance(node.func.value, ast.Name) and node.func.value.id == "log"
+            # `_log()`: of a module that loads the logger only where it has something to say.
+            logger = node.func.value.func if isinstance(node.func.value, ast.Call) else node.func.value
+            is_log = isinstance(logger, ast.Name) and logger.id in ("log", "_log")
             if is_log or node.func.attr in ("bind_contextvars", "bound_contextvars"):
                 for keyword in node.keywords:
                     found.setdefault(str(keyword.arg), set()).add(path.name)

@@ -26,7 +26,7 @@ from api.context import Context
 from api.health import Servers
 from api.operations import VERBS
 from api.web import as_pages
-from shared import audit, catalog, figures, keys, queries, thumbnails
+from shared import audit, catalog, figures, keys, queries, shards, thumbnails
 from shared.db import clock
 from shared.errors import DatabaseUnavailable, InvalidRequest, NotFound, TooManyStreams
 from shared.figures import WINDOWS, Spans
@@ -132,6 +132,7 @@ def blueprint(context: Context, servers: Servers) -> Blueprint:
             "job": found,
             "queue_position": queries.queue_position(session, found),
             "attempts": [AttemptLine.of(found, attempt, now) for attempt in tried],
+            "shards": shards.of_job(session, job_id) if found.split is not None else [],
             "deliveries": owed.rows,
             "key_name": queries.key_names(session, [found.owner_key_id])[found.owner_key_id],
             "curl": curl.command(found, request.host_url),

@@ -50,6 +50,7 @@ from shared.models import (
     Job,
     JobState,
     QueuePause,
+    Shard,
     Worker,
 )
 
@@ -320,6 +321,11 @@ def progress(
 def route(session: Session, claim: Claim, *, model: str, reason: str) -> None:
     """A job that asked for `auto` gets its model. One UPDATE. Raises StaleAttempt."""
     _touch(session, claim, {"model": model, "routing_reason": reason, "version": Job.version + 1})
+
+
+def split(session: Session, claim: Claim, terms: Mapping[str, Any]) -> None:
+    """The attempt is going to share the job with other workers (`shared.shards`). One UPDATE. Raises StaleAttempt."""
+    _touch(session, claim, {"split": dict(terms)})
 
 
 def succeed(session: Session, claim: Claim, result: JobResult, *, now: datetime) -> None:
@@ -670,7 +676,7 @@ def remove(session: Session, job_id: str, *, now: datetime) -> str:
     A worker in the middle of it finds no row at its next write and stops. Raises NotFound.
     """
     row = session.execute(
-        select(Job.blob_prefix, Job.state, Job.batch_id).where(Job.id == job_id).with_for_update()
+        select(Job.blob_prefix, Job.state, Job.batch_id, Job.split).where(Job.id == job_id).with_for_update()
     ).one_or_none()
     if row is None:
         raise NotFound("There is no such job.")
@@ -682,7 +688,8 @@ def remove(session: Session, job_id: str, *, now: datetime) -> str:
         if row.state not in TERMINAL_STATES:
             _count_down(session, row.batch_id, now)
     owe_blob_removal(session, row.blob_prefix, now=now)
-    if row.state == JobState.RUNNING:
+    # Shards are worked on also while their job waits for another attempt.
+    if row.state == JobState.RUNNING or row.split is not None:
         owe_blob_removal(session, row.blob_prefix, now=now + timedelta(seconds=LATE_WRITER_SECONDS))
     prefix: str = row.blob_prefix
     return prefix
@@ -882,11 +889,26 @@ def _finish_unclaimed(
         return False
     job = session.get_one(Job, row.id, populate_existing=True)
     job.expires_at = now + timedelta(seconds=job.ttl_seconds)
+    if job.split is not None:
+        _let_go_of_shards(session, job, now)
     session.flush()
     deliveries.owe(session, job, f"job.{state}", now)
     if job.batch_id is not None:
         _count_down(session, job.batch_id, now)
     return True
+
+
+def parts_prefix(blob_prefix: str) -> str:
+    """What the keys of a job's stored parts, one for each shard, begin with."""
+    return f"{blob_prefix}/parts/"
+
+
+def _let_go_of_shards(session: Session, job: Job, now: datetime) -> None:
+    """The job has ended: whoever still works on a shard of it finds no row at the next write, and stops."""
+    job.split = None
+    session.execute(delete(Shard).where(Shard.job_id == job.id))
+    for late_seconds in (0, LATE_WRITER_SECONDS):
+        owe_blob_removal(session, parts_prefix(job.blob_prefix), now=now + timedelta(seconds=late_seconds))
 
 
 def _count_down(session: Session, batch_id: str, now: datetime) -> None:

@@ -186,6 +186,8 @@ class Job(Row):
     warnings: Mapped[list[str]] = mapped_column(JSON, default=list)
     report: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     """How true the result is to the input: `worker.fidelity`."""
+    split: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    """Of a job under way that many workers share: what holds for all its shards. None of every other job."""
     error_code: Mapped[str | None] = mapped_column(String(40))
     error_detail: Mapped[str | None] = mapped_column(Text)
     error_retryable: Mapped[bool | None]
@@ -209,6 +211,40 @@ class Attempt(Row):
     timings: Mapped[dict[str, float] | None] = mapped_column(JSON)
     trace: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     """When each phase began, how long each band took, how memory went: `worker.trace` writes it, in bounded size."""
+
+
+class Shard(Row):
+    """Some neighbouring bands of a large picture, which one worker makes by itself; there only while its job lives.
+
+    It has no column for its state: it is made when `finished_at` is set, somebody works on it while `lease_until` is
+    to come, and anybody may take it otherwise.
+    """
+
+    __tablename__ = "shards"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    position: Mapped[int] = mapped_column(primary_key=True)
+    """0 is at the top of the picture."""
+    bands: Mapped[list[list[list[int]]]] = mapped_column(JSON)
+    """What is to be computed, to the px: of each band its tiles, of each tile what it keeps and what it reads."""
+    number: Mapped[int] = mapped_column(default=0)
+    """Number of the newest try: the fence, as `Job.attempt` is."""
+    tries_used: Mapped[int] = mapped_column(default=0)
+    """Tries that count, those in which a worker was lost or failed."""
+    worker_id: Mapped[str | None] = mapped_column(String(100))
+    lease_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    published_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    tiles_done: Mapped[int] = mapped_column(default=0)
+    tiles_total: Mapped[int]
+    bands_done: Mapped[int] = mapped_column(default=0)
+    started_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    key: Mapped[str | None] = mapped_column(String(200))
+    bytes: Mapped[int | None] = mapped_column(BigInteger)
+    facts: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    """What the joiner has to know of the stored part, and what was measured while it was made."""
+    error_code: Mapped[str | None] = mapped_column(String(40))
+    """Of a helper's try that failed: the attempt at the job itself then tries, and its error is the job's."""
 
 
 class Rendition(Row):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import case, update
 from sqlalchemy.orm import Session
 
-from shared import deliveries, queries, renditions
+from shared import deliveries, queries, renditions, shards
 from shared.db import Database, clock
 from shared.errors import BrokerUnavailable, DatabaseUnavailable
 from shared.models import Job
@@ -34,10 +34,11 @@ if TYPE_CHECKING:
     from celery import Celery
 
 RUN_JOB = "enlarger.run_job"
+HELP_JOB = "enlarger.help_job"
 DELIVER_WEBHOOK = "enlarger.deliver_webhook"
 MAKE_RENDITION = "enlarger.make_rendition"
 SWEEP_BLOBS = "enlarger.sweep_blobs"
-TASKS = (RUN_JOB, DELIVER_WEBHOOK, MAKE_RENDITION, SWEEP_BLOBS)
+TASKS = (RUN_JOB, HELP_JOB, DELIVER_WEBHOOK, MAKE_RENDITION, SWEEP_BLOBS)
 
 CHORES_QUEUE = "chores"
 
@@ -154,9 +155,10 @@ class Broker:
             self._settings.redis_url, socket_timeout=5, socket_connect_timeout=2, decode_responses=True
         )
 
-    def publish_job(self, message: JobMessage) -> None:
-        """Raises BrokerUnavailable; the message may or may not have been queued then."""
-        self._send(RUN_JOB, [message.job_id], message.queue)
+    def publish_job(self, message: JobMessage, *, task: str = RUN_JOB) -> None:
+        """`task` is HELP_JOB to ask for help with one shard of it. Raises BrokerUnavailable; the message may or may not
+        have been queued then."""
+        self._send(task, [message.job_id], message.queue)
 
     def publish_chore(self, task: str, *args: str) -> None:
         """Raises BrokerUnavailable; the message may or may not have been queued then."""
@@ -303,8 +305,8 @@ def mark_published(session: Session, job_ids: Sequence[str], generation: str, no
 
 
 def relay_due(database: Database, broker: Broker, settings: Settings, *, stopping: Callable[[], bool]) -> int:
-    """Sends the message of every queued, due job, due delivery and owed rendition that has none on its way. Returns
-    how many.
+    """Sends the message of every queued, due job, free shard, due delivery and owed rendition that has none on its way.
+    Returns how many.
 
     Loses nothing and doubles harmlessly: sends first, marks after, and two relays at once only send copies. Where
     Redis was wiped (another generation key), everything queued is sent again; otherwise only what has waited longer
@@ -337,6 +339,20 @@ def relay_due(database: Database, broker: Broker, settings: Settings, *, stoppin
             mark_published(session, [message.job_id for message in messages], generation, clock(session))
         sent += len(messages)
     with database.transaction() as session:
+        free = shards.due(
+            session,
+            max_tries=settings.max_attempts,
+            resend_after_seconds=settings.resend_after_seconds,
+            now=clock(session),
+        )
+    for position, shard in enumerate(free):
+        try:
+            broker.publish_job(JobMessage(shard.job_id, shard.queue), task=HELP_JOB)
+        except BrokerUnavailable:
+            with database.transaction() as session:
+                shards.not_sent(session, free[position:])
+            raise
+    with database.transaction() as session:
         due = deliveries.due(session, resend_after_seconds=settings.resend_after_seconds, now=clock(session))
     # Marked first, other than jobs: a try that fails at once is due again in seconds, and a mark that came after it
     # would hold it back.
@@ -356,4 +372,4 @@ def relay_due(database: Database, broker: Broker, settings: Settings, *, stoppin
             with database.transaction() as session:
                 renditions.not_sent(session, owed[position:])
             raise
-    return sent + len(due) + len(owed)
+    return sent + len(free) + len(due) + len(owed)

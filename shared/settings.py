@@ -136,6 +136,15 @@ class Settings(BaseSettings):
     tile_memory_bytes: int = Field(
         1_000_000_000, gt=0, description="Memory one network call may take for its activations."
     )
+    split_above_px: int = Field(
+        32_000_000,
+        ge=0,
+        description="A picture handed in that is larger is shared by all idle image workers, as shards of its bands "
+        "(results as PNG or TIFF); 0 shares none.",
+    )
+    shard_output_px: int = Field(
+        32_000_000, gt=0, description="Pixels of the result in one shard, about: what a lost worker costs at most."
+    )
     models_dir: str = Field(
         "",
         description="Folder of your own models (`.safetensors`, `.pth`, `.pt` of any network that spandrel reads), the "

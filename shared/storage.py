@@ -1,17 +1,19 @@
 """Object storage through S3 (boto3), embedded or real. Vendor errors are translated here and nowhere else.
 
 Keys: `jobs/<id>/<128 random bits>/input`, `.../result-<attempt>.<ext>`, and `uploads/<id>/<128 random bits>`.
-The attempt in a result's key keeps a late worker from overwriting the winner's. What is made for looking lies beside
+The attempt in a result's key keeps a late worker from overwriting the winner's; so does the try in those of the parts
+of a shared job, `.../parts/<shard>-<try>` (`shared.shards`). What is made for looking lies beside
 them: thumbnails (`shared.thumbnails`), `.../preview-<attempt>/*` (`shared.previews`), `.../rendition-<n>.<ext>` and
 `.../zoom-<n>.zip` (`shared.renditions`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, partial
@@ -30,6 +32,8 @@ MULTIPART_BYTES = 16 * 1024 * 1024
 # Up to this a blob is read whole and sent at once: most of the pictures that are handed in, and all small ones beside
 # results.
 ONE_GULP_BYTES = 1024 * 1024
+LEAST_PART_BYTES = 5 * 1024 * 1024
+"""S3 takes no smaller part of a multipart upload, but for the last."""
 STREAM_CHUNK_BYTES = 256 * 1024
 _THIS_MACHINE = frozenset({"localhost", "127.0.0.1", "::1"})
 _MISSING_CODES = frozenset({"404", "NoSuchKey", "NotFound"})
@@ -175,6 +179,56 @@ class Storage:
             answer = self._client.head_object(Bucket=self.bucket, Key=key)
         return BlobFacts(answer["ContentLength"], answer.get("ContentType", ""), answer["ETag"])
 
+    def join(
+        self,
+        key: str,
+        pieces: Sequence[bytes | str],
+        content_type: str,
+        *,
+        on_bytes: Callable[[int], None] = lambda _: None,
+    ) -> tuple[int, str]:
+        """Stores one blob made of `pieces`, each given as bytes or as the key of a blob. Returns its size and SHA-256.
+
+        Large blobs are copied within storage; all are read, for the hash. `on_bytes` hears of each chunk read.
+        """
+        digest, size = hashlib.sha256(), 0
+        held = bytearray()
+        upload = self.begin(key, content_type)
+        try:
+            for piece in pieces:
+                if isinstance(piece, bytes):
+                    digest.update(piece)
+                    size += len(piece)
+                    held += piece
+                    continue
+                facts, chunks = self.stream(piece)
+                # What is held must become a part before another can be copied: it takes the blob's beginning along.
+                lead = max(0, LEAST_PART_BYTES - len(held)) if held else 0
+                is_copied = facts.bytes - lead >= LEAST_PART_BYTES
+                read = 0
+                for chunk in chunks:
+                    digest.update(chunk)
+                    on_bytes(len(chunk))
+                    held += chunk[: max(0, lead - read)] if is_copied else chunk
+                    read += len(chunk)
+                    if not is_copied and len(held) >= MULTIPART_BYTES:
+                        upload.send(bytes(held))
+                        held.clear()
+                size += read
+                if is_copied:
+                    if held:
+                        upload.send(bytes(held))
+                        held.clear()
+                    upload.copy(piece, lead, read - lead)
+            if held or not size:
+                upload.send(bytes(held))
+            upload.complete()
+        except BaseException:
+            with suppress(StorageUnavailable):
+                upload.abort()
+            raise
+        return size, digest.hexdigest()
+
     def remove(self, prefix: str) -> int:
         """Deletes every blob whose key begins with `prefix`. Returns how many there were; none is no error."""
         removed = 0
@@ -254,10 +308,21 @@ class Upload:
         self._etags: list[str] = []
 
     def send(self, part: bytes) -> None:
-        """The next part: MULTIPART_BYTES, or less where it is the last."""
+        """The next part: LEAST_PART_BYTES or more, unless it is the last."""
         with _translated(self._where["Key"]):
             answer = self._client.upload_part(**self._where, PartNumber=len(self._etags) + 1, Body=part)
         self._etags.append(answer["ETag"])
+
+    def copy(self, source_key: str, start: int, length: int) -> None:
+        """The next part: these bytes of another blob, copied within storage; LEAST_PART_BYTES or more, unless last."""
+        with _translated(source_key):
+            answer = self._client.upload_part_copy(
+                **self._where,
+                PartNumber=len(self._etags) + 1,
+                CopySource={"Bucket": self._where["Bucket"], "Key": source_key},
+                CopySourceRange=f"bytes={start}-{start + length - 1}",
+            )
+        self._etags.append(answer["CopyPartResult"]["ETag"])
 
     def complete(self) -> None:
         """The parts become the blob, at once and whole."""

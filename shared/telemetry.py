@@ -127,7 +127,7 @@ tallies = Tallies()
 _FIELDS = """
     attempt batch_id blobs bytes code delivery_id detail device drained error expired fault job_id jobs key_id kind
     messages method model module outcome path pause_seconds prefix prefixes queue queues reason record_id removals
-    request_id seconds signal state status step strays threads timings traceparent try_number type unsent
+    request_id seconds shard shards signal state status step strays threads timings traceparent try_number type unsent
     wait_seconds well worker worker_id workers_forgotten
 """
 FIELDS = frozenset(_FIELDS.split())

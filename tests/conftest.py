@@ -471,6 +471,9 @@ STACK_SETTINGS: dict[str, Any] = {
     "sweep_interval_seconds": 1.0,
     "event_poll_seconds": 0.05,
     "tile_px": 24,
+    # No picture of a test is shared that does not mean to be.
+    "split_above_px": 40_000,
+    "shard_output_px": 100_000,
     # Two, so that one can be stopped or killed while the other goes on.
     "worker_concurrency": 2,
     "log_format": "text",

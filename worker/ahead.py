@@ -57,7 +57,7 @@ class Ahead:
         self._look: _Look | None = None
         self._taken: _Ready | None = None
 
-    def begins(self, input_rgb: Samples, width: int, height: int) -> None:  # noqa: ARG002  (an Onlooker's)
+    def begins(self, input_rgb: Samples, width: int, height: int, rows: range | None = None) -> None:  # noqa: ARG002
         """The network begins: looks for the next job's picture, by a thread of its own."""
         # A result that is made again finds the look under way.
         if self._look is None:

@@ -180,9 +180,9 @@ def _strays(session: Session, keys_found: Sequence[str], now: datetime, settings
 
 
 def _is_a_losers(key: str, job: Job, now: datetime) -> bool:
-    """A result that is not the job's: of an attempt that was taken for dead, or came after a cancel. While the job may
-    still run, and for a while after its end, a late worker may be writing."""
-    is_result = key.startswith(f"{job.blob_prefix}/result-")
+    """A result that is not the job's: of an attempt that was taken for dead, or came after a cancel; or a part of one.
+    While the job may still run, and for a while after its end, a late worker may be writing."""
+    is_result = key.startswith((f"{job.blob_prefix}/result-", jobs.parts_prefix(job.blob_prefix)))
     ended_at = job.finished_at if job.state in TERMINAL_STATES else None
     is_over = ended_at is not None and ended_at < now - timedelta(seconds=jobs.LATE_WRITER_SECONDS)
     return is_result and key != job.result_key and is_over

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Literal, Protocol, Self
@@ -27,10 +27,12 @@ from shared.pictures import Format, check_size, format_named
 from shared.settings import Settings
 from worker import codec, routing, upscale
 from worker.classify import Classifier, Label
-from worker.codec import Encoder, Picture, Samples
+from worker.codec import Encoder, Metadata, Picture, Samples
 from worker.decoding import Decoder, InProcess
-from worker.fidelity import Comparison, Fidelity
+from worker.fidelity import Comparison, Sums
 from worker.networks import Network, load
+from worker.parts import Layout, PartWriter, open_part
+from worker.tiling import Band, Plan
 from worker.upscale import EnlargedRows, Repairs, Work
 
 # The slowest kinds seen (16-bit with a colour profile; AVIF) take a tenth of this: what a lease is asked for must
@@ -89,9 +91,9 @@ class Watch(Protocol):
 class Onlooker(Protocol):
     """Is shown pixels on their way; what it sees is its own to copy, and it must be quick."""
 
-    def begins(self, input_rgb: Samples, width: int, height: int) -> None:
+    def begins(self, input_rgb: Samples, width: int, height: int, rows: range | None = None) -> None:
         """The picture is decoded, (H, W, 3), and its result will be `width` x `height` px. Comes again where the result
-        is made again."""
+        is made again. `rows`: of a part of the result the rows that are going to be shown; None is all."""
 
     def made(self, rows: Samples) -> None:
         """The next rows of the result, from the top, as they have gone to the encoder. Called from another thread than
@@ -130,6 +132,19 @@ class Enlarged:
     """How true the result is to the input, and what had to be mended: JSON values. A preview has none."""
     cells: list[dict[str, Any]] | None = None
     """Where the models' answers lie on a preview."""
+
+
+@dataclass(frozen=True)
+class MadePart:
+    """What became of some bands of a picture. The part itself lies in the file that was named. Everything here is JSON
+    values, or becomes such by `asdict`."""
+
+    bytes: int
+    facts: dict[str, Any]
+    """For `worker.parts`, which joins it."""
+    sums: Sums
+    repairs: Repairs
+    timings: dict[str, float]
 
 
 @dataclass
@@ -229,7 +244,21 @@ class Engine:
         Raises UploadRejected for a picture that cannot be taken or made, AttemptError where the device or the network
         fails, and whatever `watch` raises.
         """
-        watch = watch or Unwatched()
+        return self.opened(source, wanted, watch or Unwatched(), *onlookers).enlarge(target)
+
+    def can_share(self, model: str, scale: int) -> bool:
+        """Whether a picture can be made in parts: one network goes over it once and reaches the scale. `auto` may come
+        to one that does. Raises ModelUnavailable."""
+        if model == catalog.AUTO:
+            return True
+        passes = catalog.card(model, self._own).passes(scale)
+        return len(passes) == 1 and passes[0].scale == scale
+
+    def opened(self, source: BinaryIO, wanted: Wanted, watch: Watch, *onlookers: Onlooker) -> Making:
+        """Decodes the picture in `source` and plans its bands: all that comes before the first of them.
+
+        Raises as `enlarge_file` does.
+        """
         clock = _Stopwatch()
         facts = self._decoder.inspect(source)
         width, height = check_size(
@@ -262,30 +291,19 @@ class Engine:
                 tile_px=self._tile_px,
                 memory_bytes=self._tile_memory_bytes,
             )
-        made = _Making(self.device, network, picture, work, wanted, format, watch, onlookers, clock)
-        try:
-            labels, size_bytes, report = made.write(target, width, height, precise=not network.prefers_half)
-        except _NotTrue:
-            # Half precision may have failed without overflowing. In float32 it either comes out or is refused.
-            if not network.prefers_half:
-                raise
-            labels, size_bytes, report = made.write(target, width, height, precise=True)
-        clock.timings |= {
-            "tiles": float(work.tile_count),
-            "bands": float(work.band_count),
-            "waste": round(work.waste, 3),
-        }
         warnings = (*picture.warnings, *warnings)
-        return Enlarged(width, height, size_bytes, labels, warnings, clock.timings, model, report)
+        return Making(
+            self.device, network, picture, work, wanted, format, width, height, warnings, watch, onlookers, clock
+        )
 
 
-class _NotTrue(BadOutput):
+class NotTrue(BadOutput):
     """The result is whole and shows another picture than the input."""
 
 
 @dataclass(frozen=True)
-class _Making:
-    """All that one result is made of. It can be made twice."""
+class Making:
+    """All that one result is made of. It can be made twice, and in parts."""
 
     device: str
     network: Network
@@ -293,15 +311,106 @@ class _Making:
     work: Work
     wanted: Wanted
     format: Format
+    width: int
+    height: int
+    """Of the result, as `width`."""
+    warnings: tuple[str, ...]
     watch: Watch
     onlookers: tuple[Onlooker, ...]
     clock: _Stopwatch
 
-    def write(
-        self, target: Path, width: int, height: int, *, precise: bool
-    ) -> tuple[tuple[Label, ...] | None, int, dict[str, Any]]:
-        """Into `target`: (labels, bytes, report). Raises _NotTrue, and then there is no target."""
+    def enlarge(self, target: Path) -> Enlarged:
+        """The whole result, into `target`. Raises as `Engine.enlarge_file` does."""
+        try:
+            labels, size_bytes, report = self._write(target, precise=not self.network.prefers_half)
+        except NotTrue:
+            # Half precision may have failed without overflowing. In float32 it either comes out or is refused.
+            if not self.network.prefers_half:
+                raise
+            labels, size_bytes, report = self._write(target, precise=True)
+        return self.enlarged(labels, size_bytes, report)
+
+    def enlarged(self, labels: tuple[Label, ...] | None, size_bytes: int, report: dict[str, Any]) -> Enlarged:
+        """What has become of it, once it is made."""
+        self.clock.timings |= {
+            "tiles": float(self.work.tile_count),
+            "bands": float(self.work.band_count),
+            "waste": round(self.work.waste, 3),
+        }
+        return Enlarged(
+            self.width,
+            self.height,
+            size_bytes,
+            labels,
+            self.warnings,
+            self.clock.timings,
+            self.network.card.name,
+            report,
+        )
+
+    @property
+    def metadata(self) -> Metadata:
+        """Of the result's file."""
+        return codec.metadata_for_result(self.picture, self.wanted.metadata_policy, self.width, self.height)
+
+    def layout(self, rows_in_strip: int) -> Layout:
+        """Of the result's file, where it is made in parts."""
+        picture, format = self.picture, self.format
+        channels, bits = _result_channels(picture, format), _result_bits(picture, format)
+        return Layout(format.name, self.width, self.height, channels, bits, rows_in_strip)
+
+    def write_part(
+        self, target: Path, bands: tuple[Band, ...], *, in_strips: bool, rows_in_strip: int, precise: bool
+    ) -> MadePart:
+        """Some neighbouring bands of the result, as in the whole that they were planned for: the same to the last bit,
+        or in strips to one level of 255.
+
+        `in_strips`: as that plan says. Raises as `enlarge`.
+        """
+        scale = self.wanted.scale
+        first, last = bands[0].region, bands[-1].region
+        width, height, halo_px = self.picture.width, self.picture.height, 0 if in_strips else self.network.halo_px
+        longest_px = max(max(tile.keep.width, tile.keep.height) for band in bands for tile in band.tiles)
+        # Not of this process's own plan: it may have other memory, another speed or another runtime.
+        plan = Plan(width, height, halo_px, longest_px, bands, in_strips)
+        # With a clock of its own: another part's seconds are not this one's.
+        clock = _Stopwatch()
+        part = replace(self, work=replace(self.work, plans=(plan,)), clock=clock)
+        for onlooker in self.onlookers:
+            onlooker.begins(self.picture.rgb, self.width, self.height, rows=range(first.y * scale, last.bottom * scale))
+        repairs = Repairs()
+        comparison = Comparison(self.picture.rgb, scale, part.work.plans, first_row=first.y)
+        with (
+            open_part(target, self.layout(rows_in_strip)) as writer,
+            _Behind(writer, comparison, self.picture, self.onlookers) as behind,
+        ):
+            self.watch.begins("upscale")
+            for samples in _Enlarging(part, precise, repairs).rows():
+                with clock.time("encode"):
+                    behind.take(samples)
+            with clock.time("encode"):
+                behind.finish()
+                facts = writer.close()
+        clock.add("compare", behind.compare_seconds)
+        return MadePart(target.stat().st_size, facts, comparison.sums(), repairs, clock.timings)
+
+    def begin(self) -> None:
+        """Shows the picture to the onlookers, before the first of its parts."""
+        for onlooker in self.onlookers:
+            onlooker.begins(self.picture.rgb, self.width, self.height)
+
+    def labels(self) -> tuple[Label, ...] | None:
+        """What the picture shows; None where that was not asked for."""
+        if not self.wanted.classify:
+            return None
+        self.watch.begins("classify")
+        with self.clock.time("classify"):
+            return tuple(Classifier.load(self.device).classify(_in_8_bits(self.picture.rgb)))
+
+    def _write(self, target: Path, *, precise: bool) -> tuple[tuple[Label, ...] | None, int, dict[str, Any]]:
+        """Into `target`: (labels, bytes, report). Raises NotTrue, and then there is no target."""
         picture, clock = self.picture, self.clock
+        width, height = self.width, self.height
         repairs = Repairs()
         if self.onlookers:
             with clock.time("preview"):
@@ -309,38 +418,32 @@ class _Making:
                     onlooker.begins(picture.rgb, width, height)
         comparison = Comparison(picture.rgb, self.wanted.scale, self.work.plans)
         encoded_at_once_px = width * height if self.format.name in ("webp", "avif") else 0
-        with (
-            _encoder(picture, target, self.wanted, self.format, width, height) as encoder,
-            _Behind(encoder, comparison, picture, self.onlookers) as behind,
-        ):
+        with self._encoder(target) as encoder, _Behind(encoder, comparison, picture, self.onlookers) as behind:
             self.watch.begins("upscale")
             for samples in _Enlarging(self, precise, repairs).rows():
                 with clock.time("encode"):
                     behind.take(samples)
-            labels = None
-            if self.wanted.classify:
-                self.watch.begins("classify")
-                with clock.time("classify"):
-                    labels = tuple(Classifier.load(self.device).classify(_in_8_bits(picture.rgb)))
+            labels = self.labels()
             self.watch.begins("encode", expected_seconds=encoded_at_once_px / ENCODE_AT_ONCE_PX_PER_SECOND)
             with clock.time("encode"):
                 behind.finish()
-            fidelity = comparison.result()
-            if not fidelity.is_sane:
-                raise _NotTrue(
-                    f"Shrunk back, the result is not the picture handed in: {fidelity.psnr_db} dB, colours "
-                    f"{fidelity.colour_difference} apart.",
-                    model=self.network.card.name,
-                    device=self.device,
-                    psnr_db=fidelity.psnr_db,
-                    colour_difference=fidelity.colour_difference,
-                )
+            report = self.report(comparison.sums(), repairs, precise=precise, compare_seconds=behind.compare_seconds)
             with clock.time("encode"):
                 size_bytes = encoder.close()
-        return labels, size_bytes, self._report(fidelity, repairs, precise, behind.compare_seconds)
+        return labels, size_bytes, report
 
-    def _report(self, fidelity: Fidelity, repairs: Repairs, precise: bool, compare_seconds: float) -> dict[str, Any]:
-        """The body of `GET /v1/jobs/{id}/report`."""
+    def report(self, sums: Sums, repairs: Repairs, *, precise: bool, compare_seconds: float) -> dict[str, Any]:
+        """The body of `GET /v1/jobs/{id}/report`. Raises NotTrue."""
+        fidelity = sums.fidelity()
+        if not fidelity.is_sane:
+            raise NotTrue(
+                f"Shrunk back, the result is not the picture handed in: {fidelity.psnr_db} dB, colours "
+                f"{fidelity.colour_difference} apart.",
+                model=self.network.card.name,
+                device=self.device,
+                psnr_db=fidelity.psnr_db,
+                colour_difference=fidelity.colour_difference,
+            )
         return {
             **asdict(fidelity),
             "tiles": self.work.tile_count,
@@ -348,6 +451,19 @@ class _Making:
             "precision": "float32" if precise else "float16",
             "compare_seconds": round(compare_seconds, 4),
         }
+
+    def _encoder(self, target: Path) -> Encoder:
+        return codec.open_encoder(
+            target,
+            self.format.name,
+            self.width,
+            self.height,
+            channels=_result_channels(self.picture, self.format),
+            bits=_result_bits(self.picture, self.format),
+            quality=self.wanted.quality,
+            lossless=self.wanted.lossless,
+            metadata=self.metadata,
+        )
 
 
 class _Behind:
@@ -359,7 +475,7 @@ class _Behind:
     """
 
     def __init__(
-        self, encoder: Encoder, comparison: Comparison, picture: Picture, onlookers: tuple[Onlooker, ...]
+        self, encoder: Encoder | PartWriter, comparison: Comparison, picture: Picture, onlookers: tuple[Onlooker, ...]
     ) -> None:
         self.compare_seconds = 0.0
         """What the comparison has taken of the thread."""
@@ -454,19 +570,8 @@ def _laid_on_background(picture: Picture, wanted: Wanted, format: Format) -> tup
     return codec.flatten(picture, wanted.background), told
 
 
-def _encoder(picture: Picture, target: Path, wanted: Wanted, format: Format, width: int, height: int) -> Encoder:
-    gray = picture.is_gray and format.holds_gray
-    return codec.open_encoder(
-        target,
-        format.name,
-        width,
-        height,
-        channels=(1 if gray else 3) + picture.has_alpha,
-        bits=_result_bits(picture, format),
-        quality=wanted.quality,
-        lossless=wanted.lossless,
-        metadata=codec.metadata_for_result(picture, wanted.metadata_policy, width, height),
-    )
+def _result_channels(picture: Picture, format: Format) -> int:
+    return (1 if picture.is_gray and format.holds_gray else 3) + picture.has_alpha
 
 
 def _result_bits(picture: Picture, format: Format) -> int:
@@ -476,7 +581,7 @@ def _result_bits(picture: Picture, format: Format) -> int:
 class _Enlarging:
     """The rows of one result: colours from the network, alpha beside them, and the watch told after every tile."""
 
-    def __init__(self, making: _Making, precise: bool, repairs: Repairs) -> None:
+    def __init__(self, making: Making, precise: bool, repairs: Repairs) -> None:
         picture, work, network = making.picture, making.work, making.network
         self._network, self._picture, self._work = network, picture, work
         self._scale, self._format = making.wanted.scale, making.format

@@ -18,14 +18,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, assert_never, cast
+from typing import Any, BinaryIO, TypeVar, assert_never, cast
 
 import structlog
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from shared import jobs, own_models, queries, workers
+from shared import jobs, own_models, queries, shards, workers
 from shared.catalog import ModelCard
 from shared.db import Database, clock
 from shared.errors import (
@@ -44,16 +45,18 @@ from shared.jobs import Claim, JobResult
 from shared.models import Job
 from shared.pictures import format_named
 from shared.settings import Settings
+from shared.shards import ShardClaim, Standing
 from shared.storage import Storage
 from shared.telemetry import log, tallies
 from shared.traces import Phases, Traces
 from shared.workers import Presence
-from worker import contact_sheet, upscale
+from worker import contact_sheet, sharding, upscale
 from worker.ahead import Ahead
 from worker.decoding import Sandboxed
 from worker.enlarging import Engine, Enlarged, Onlooker, Progress, Wanted
 from worker.networks import own
 from worker.previews import Previews
+from worker.sharding import PartMaker, ShardTaken, Sharing
 from worker.storing import Storing
 from worker.thumbnails import Thumbnails
 from worker.trace import Trace
@@ -134,7 +137,12 @@ class Superseded:
     """Another attempt owns the job, or it is gone: there is nothing to record."""
 
 
-Outcome = Succeeded | Retryable | Fatal | Canceled | Released | Superseded
+@dataclass(frozen=True)
+class Helped:
+    """A shard of somebody else's attempt is made."""
+
+
+Outcome = Succeeded | Retryable | Fatal | Canceled | Released | Superseded | Helped
 
 
 class CancelSeen(Exception):
@@ -220,6 +228,10 @@ class Lifeline:
         self._phase = phase
         self._trace.begins(phase, self._monotonic() - self._began_at)
         self._on_phase(phase)
+        self._cover(expected_seconds)
+
+    def _cover(self, expected_seconds: float) -> None:
+        """Renews the lease where it would not outlast a silence of so many seconds."""
         self._check(left_seconds=0.0)
         needed_seconds = expected_seconds + self._settings.lease_renew_seconds
         if expected_seconds > 0 and self._lease_ends - self._monotonic() < needed_seconds:
@@ -276,22 +288,7 @@ class Lifeline:
         started = self._written_at = self._monotonic()
         try:
             with self._database.transaction() as session:
-                is_canceling = jobs.progress(
-                    session,
-                    self._claim,
-                    phase=self._phase,
-                    fraction=fraction,
-                    bands_done=progress.bands_done,
-                    bands_total=progress.bands_total,
-                    eta_seconds=progress.eta_seconds,
-                    lease_seconds=lease_seconds,
-                    now=clock(session),
-                    announce=tenths > self._tenths_announced,
-                )
-                # Kept as it goes: a worker that is killed should leave behind what it looked like.
-                if started - self._trace_written_at >= TRACE_SECONDS:
-                    jobs.keep_trace(session, self._claim, self.trace)
-                    self._trace_written_at = started
+                is_canceling = self._tell(session, fraction, lease_seconds, announce=tenths > self._tenths_announced)
         except DatabaseUnavailable as error:
             if not self.is_alive:
                 raise
@@ -301,6 +298,112 @@ class Lifeline:
         self._tenths_announced = max(self._tenths_announced, tenths)
         if is_canceling:
             raise CancelSeen
+
+    def _tell(self, session: Session, fraction: float, lease_seconds: float, *, announce: bool) -> bool:
+        """Writes it. True where the customer has asked to cancel. Raises StaleAttempt."""
+        is_canceling = jobs.progress(
+            session,
+            self._claim,
+            phase=self._phase,
+            fraction=fraction,
+            bands_done=self._last.bands_done,
+            bands_total=self._last.bands_total,
+            eta_seconds=self._last.eta_seconds,
+            lease_seconds=lease_seconds,
+            now=clock(session),
+            announce=announce,
+        )
+        # Kept as it goes: a worker that is killed should leave behind what it looked like.
+        if self._written_at - self._trace_written_at >= TRACE_SECONDS:
+            jobs.keep_trace(session, self._claim, self.trace)
+            self._trace_written_at = self._written_at
+        return is_canceling
+
+
+class SharedLifeline(Lifeline):
+    """Of an attempt at a job that many workers share: tells how far all have come, and holds the shard it works on."""
+
+    _shard: ShardClaim | None = None
+    _mine = Progress(0, 0, 0, 0, None)
+    _others = Standing(0, 0, 0, 0, 0, 0, None)
+    _first: tuple[float, int] | None = None
+
+    def begins(self, phase: str, *, expected_seconds: float = 0.0) -> None:
+        # Each shard begins to upscale; the job does so once.
+        if phase == self._phase:
+            self._cover(expected_seconds)
+        else:
+            super().begins(phase, expected_seconds=expected_seconds)
+
+    def works_on(self, claim: ShardClaim | None, others: Standing | None = None) -> None:
+        """From now on the lease of this shard is renewed with the job's. `others`: how far all others have come."""
+        self._shard, self._mine = claim, Progress(0, 0, 0, 0, None)
+        self._others = others or self._others
+
+    def progressed(self, progress: Progress) -> None:
+        self._mine = progress
+        super().progressed(self._of_all())
+
+    def waits(self, standing: Standing) -> None:
+        """There is nothing to do but wait for others. Raises what ends the attempt."""
+        self._others = standing
+        super().progressed(self._of_all())
+
+    def _of_all(self) -> Progress:
+        others, mine = self._others, self._mine
+        # What a lost worker had done is done again; what is told never falls.
+        done = max(self._last.tiles_done, others.tiles_done + mine.tiles_done)
+        total = others.tiles_total + mine.tiles_total
+        now = self._monotonic()
+        since, at_first = self._first = self._first or (now, done)
+        rate = (done - at_first) / (now - since) if now > since else 0.0
+        left_seconds = (total - done) / rate if rate else self._mine.eta_seconds
+        bands_done = max(self._last.bands_done, others.bands_done + mine.bands_done)
+        bands_total = others.bands_total + (len(self._shard.bands) if self._shard else 0)
+        return Progress(done, max(done, total), bands_done, bands_total, left_seconds)
+
+    def _tell(self, session: Session, fraction: float, lease_seconds: float, *, announce: bool) -> bool:
+        if super()._tell(session, fraction, lease_seconds, announce=announce):
+            return True
+        now = clock(session)
+        if self._shard is not None:
+            try:
+                _renew(session, self._shard, self._mine, lease_seconds, now)
+            except StaleAttempt as error:
+                raise ShardTaken(error.detail) from error
+        max_tries = self._settings.max_attempts
+        self._others = shards.standing(session, self._claim.job_id, max_tries=max_tries, now=now, without=self._shard)
+        return False
+
+
+class HelpersLifeline(Lifeline):
+    """Keeps a helper's shard alive, and nothing else of the job. A cancel reaches it as StaleAttempt."""
+
+    _shard: ShardClaim
+
+    def works_on(self, claim: ShardClaim) -> None:
+        """To be said before all else."""
+        self._shard = claim
+
+    def _tell(self, session: Session, fraction: float, lease_seconds: float, *, announce: bool) -> bool:  # noqa: ARG002
+        _renew(session, self._shard, self._last, lease_seconds, clock(session))
+        return False
+
+
+def _renew(session: Session, shard: ShardClaim, progress: Progress, lease_seconds: float, now: datetime) -> None:
+    shards.progress(
+        session,
+        shard,
+        tiles_done=progress.tiles_done,
+        # Before its first tile the shard knows better.
+        tiles_total=progress.tiles_total or sum(len(band) for band in shard.bands),
+        bands_done=progress.bands_done,
+        lease_seconds=lease_seconds,
+        now=now,
+    )
+
+
+LifelineT = TypeVar("LifelineT", bound=Lifeline)
 
 
 class Executor:
@@ -427,12 +530,50 @@ class Executor:
                 if self._is_drained:
                     self._wait_while_drained()
                 return None
-        claim, job, now, device = claimed
+        return self._attempted(*claimed)
+
+    def _attempted(self, claim: Claim, job: Job, now: datetime, device: str) -> Outcome:
         with structlog.contextvars.bound_contextvars(job_id=job.id):
             self._traces.begin("job.wait", job.traceparent, at=job.queued_at, job_id=job.id, queue=job.queue).end(now)
             span = self._traces.begin("job.attempt", job.traceparent, job_id=job.id, attempt=claim.attempt)
             with structlog.contextvars.bound_contextvars(attempt=claim.attempt, traceparent=span.traceparent):
                 outcome = self._attempt(claim, job, now, device, Phases(self._traces, span.traceparent))
+            span.end(outcome=type(outcome).__name__.lower(), device=device)
+            return outcome
+
+    def help(self, job_id: str, queue: str | None = None) -> Outcome | None:
+        """Makes one shard of a job that another attempt holds. None where there was none to take.
+
+        Its message, as one for `run`, says that there is work for the device of `queue`: a job that waits comes first.
+        Helping is for whoever is idle, or a large picture would hold every worker before other keys' turn comes.
+        Raises nothing that is the job's fault.
+        """
+        with structlog.contextvars.bound_contextvars(job_id=job_id):
+            try:
+                waiting = self._claim(job_id, queue)
+            except DatabaseUnavailable as error:
+                log.warning("shard.not_claimed", detail=error.detail)
+                return None
+        if waiting is not None:
+            # Where that fails, the relay sends another when this one has not come to anything for long.
+            with contextlib.suppress(DatabaseUnavailable), self._database.transaction() as session:
+                shards.give_message_back(session, job_id)
+            return self._attempted(*waiting)
+        with structlog.contextvars.bound_contextvars(job_id=job_id):
+            try:
+                claimed = self._claim_to_help(job_id)
+            except DatabaseUnavailable as error:
+                log.warning("shard.not_claimed", detail=error.detail)
+                return None
+            if claimed is None:
+                log.info("shard.nothing_to_claim", drained=self._is_drained)
+                if self._is_drained:
+                    self._wait_while_drained()
+                return None
+            claim, job, now, device = claimed
+            span = self._traces.begin("job.shard", job.traceparent, job_id=job_id, shard=claim.position)
+            with structlog.contextvars.bound_contextvars(shard=claim.position, traceparent=span.traceparent):
+                outcome = self._help(claim, job, now, device, Phases(self._traces, span.traceparent))
             span.end(outcome=type(outcome).__name__.lower(), device=device)
             return outcome
 
@@ -476,6 +617,31 @@ class Executor:
             served.sort(key=lambda each: not each.endswith(".bulk"))
         return served
 
+    def _claim_to_help(self, job_id: str) -> tuple[ShardClaim, Job, datetime, str] | None:
+        worker_id = self.presence.facts.id
+        with self._database.transaction() as session:
+            now = clock(session)
+            queue = session.scalar(select(Job.queue).where(Job.id == job_id))
+            # The job may have been moved to another device's queue since.
+            if queue is None or queue not in self.presence.facts.queues:
+                return None
+            device = "cpu" if queue.startswith("cpu.") else "gpu"
+            claim = shards.claim_to_help(
+                session,
+                job_id,
+                worker_id=worker_id,
+                max_tries=self._settings.max_attempts,
+                lease_seconds=self._settings.lease_seconds,
+                now=now,
+            )
+            if claim is None:
+                self._is_drained = workers.is_drained(session, worker_id)
+                if self._is_drained:
+                    shards.give_message_back(session, job_id)
+                return None
+            workers.working_on(session, worker_id, job_id, now=now)
+            return claim, session.get_one(Job, job_id), now, device
+
     def _wait_while_drained(self) -> None:
         """Holds the message, which has been given back, so that the broker hands this process no other."""
         ends_at = time.monotonic() + DRAINED_SPELL_SECONDS
@@ -491,26 +657,19 @@ class Executor:
         log.info("job.claimed", wait_seconds=round(queued_seconds, 3), device=device, worker=self.presence.facts.id)
         tallies.observe("enlarger_queue_wait_seconds", queued_seconds, queue=job.queue)
         started = time.monotonic()
-        self._lifeline = Lifeline(
-            self._database,
-            self._settings,
-            claim,
-            deadline_in_seconds=None if job.deadline_at is None else (job.deadline_at - claimed_at).total_seconds(),
-            is_stopping=self._stopping.is_set,
-            memory=self._usage.memory,
-            on_phase=phases.begins,
-        )
-        outcome: Outcome
-        self.set_limit(max(LEAST_LIMIT_SECONDS, LIMIT_FACTOR * job.expected_seconds))
-        try:
-            outcome = Succeeded(self._work(claim, job, queued_seconds, device, self._lifeline))
-        except BaseException as error:  # noqa: BLE001 - whatever it is, it becomes an Outcome
-            outcome = decide(error, on_gpu=device == "gpu", priority=job.priority)
-            self.must_end = isinstance(error, DeviceBroken | SystemExit)
-            _log_broken_off(error, outcome)
+        lifeline: Lifeline
+        if sharding.may_share(job, self._engines[device], self._settings):
+            lifeline = shared = self._lifeline_of(SharedLifeline, claim, job, claimed_at, phases)
+            work = partial(self._work_together, claim, job, queued_seconds, device, shared)
+        else:
+            lifeline = self._lifeline_of(Lifeline, claim, job, claimed_at, phases)
+            work = partial(self._work, claim, job, queued_seconds, device, lifeline)
+        self._lifeline = lifeline
+        self.set_limit(_limit_seconds(job))
+        outcome = self._outcome_of(lambda: Succeeded(work()), job, device)
         phases.begins("record")
         try:
-            self._record(claim, outcome, self._lifeline.trace)
+            self._record(claim, outcome, lifeline.trace)
         finally:
             self.set_limit(0)
             self._lifeline = None
@@ -524,25 +683,103 @@ class Executor:
         )
         return outcome
 
+    def _help(self, claim: ShardClaim, job: Job, claimed_at: datetime, device: str, phases: Phases) -> Outcome:
+        log.info("shard.claimed", device=device, worker=self.presence.facts.id)
+        started = time.monotonic()
+        lifeline = self._lifeline_of(HelpersLifeline, Claim(job.id, job.attempt), job, claimed_at, phases)
+        lifeline.works_on(claim)
+        self._lifeline = lifeline
+        # As for the whole job: a worker that is slower than the others may be making the last of it alone.
+        self.set_limit(_limit_seconds(job))
+        try:
+            outcome = self._outcome_of(lambda: self._make_shard(claim, job, device, lifeline), job, device)
+        finally:
+            self.set_limit(0)
+            self._lifeline = None
+            phases.end()
+        self._give_shard_back(claim, outcome)
+        seconds = round(time.monotonic() - started, 3)
+        log.info("shard.ended", outcome=type(outcome).__name__.lower(), seconds=seconds)
+        return outcome
+
+    def _make_shard(self, claim: ShardClaim, job: Job, device: str, lifeline: HelpersLifeline) -> Helped:
+        """From the stored input to the stored part. Raises whatever goes wrong."""
+        with (
+            scratch_folder() as folder,
+            self._fetched(job, folder, lifeline) as source,
+            Thumbnails(self._storage, job.blob_prefix, job.attempt) as thumbnails,
+            Previews(self._storage, job.blob_prefix, job.attempt) as previews,
+        ):
+            assert job.split is not None, "a job that has shards is shared"
+            making = self._engines[device].opened(source, wanted_of(job), lifeline, thumbnails, previews)
+            maker = PartMaker(self._storage, job.blob_prefix, folder, lifeline, making, thumbnails, job.split)
+            part = maker.make(claim)
+            sharding.record(self._database, lifeline, self._storage, claim, part)
+        return Helped()
+
+    def _give_shard_back(self, claim: ShardClaim, outcome: Outcome) -> None:
+        """What a helper could not make is somebody else's; where the database cannot be told, once the lease passes."""
+        worker_id = self.presence.facts.id
+        try:
+            with self._database.transaction() as session:
+                workers.working_on(session, worker_id, None, now=clock(session))
+                match outcome:
+                    case Retryable(error) | Fatal(error):
+                        shards.give_back(session, claim, error)
+                    case Released():
+                        shards.give_back(session, claim)
+        except StaleAttempt as error:
+            log.info("shard.superseded", detail=error.detail)
+        except DatabaseUnavailable as error:
+            log.warning("shard.not_recorded", detail=error.detail)
+
+    def _lifeline_of(
+        self, kind: type[LifelineT], claim: Claim, job: Job, claimed_at: datetime, phases: Phases
+    ) -> LifelineT:
+        return kind(
+            self._database,
+            self._settings,
+            claim,
+            deadline_in_seconds=None if job.deadline_at is None else (job.deadline_at - claimed_at).total_seconds(),
+            is_stopping=self._stopping.is_set,
+            memory=self._usage.memory,
+            on_phase=phases.begins,
+        )
+
+    def _outcome_of(self, work: Callable[[], Outcome], job: Job, device: str) -> Outcome:
+        try:
+            return work()
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it becomes an Outcome
+            outcome = decide(error, on_gpu=device == "gpu", priority=job.priority)
+            self.must_end = isinstance(error, DeviceBroken | SystemExit)
+            _log_broken_off(error, outcome)
+            return outcome
+
+    @contextmanager
+    def _fetched(self, job: Job, folder: Path, lifeline: Lifeline) -> Iterator[BinaryIO]:
+        """The picture handed in, as a file that is gone when the block ends."""
+        lifeline.begins("fetch", expected_seconds=job.input_bytes / STORE_BYTES_PER_SECOND)
+        ready = None if self._ahead is None else self._ahead.take(job.id)
+        with ready or cast(BinaryIO, tempfile.TemporaryFile(dir=folder)) as source:
+            if ready is None:
+                self._storage.get(job.input_key, source)
+            yield source
+
     def _work(self, claim: Claim, job: Job, queued_seconds: float, device: str, lifeline: Lifeline) -> JobResult:
         """From the stored input to the stored result. Raises whatever goes wrong."""
         format = format_named(job.format)
         # Named after the attempt: a worker that wakes up after a rescue must not overwrite the winner's result.
         key = f"{job.blob_prefix}/result-{claim.attempt}{format.extension}"
         started = time.monotonic()
-        lifeline.begins("fetch", expected_seconds=job.input_bytes / STORE_BYTES_PER_SECOND)
-        ready = None if self._ahead is None else self._ahead.take(job.id)
         with (
             scratch_folder() as folder,
-            ready or cast(BinaryIO, tempfile.TemporaryFile(dir=folder)) as source,
+            self._fetched(job, folder, lifeline) as source,
             Thumbnails(self._storage, job.blob_prefix, claim.attempt) as thumbnails,
             Previews(self._storage, job.blob_prefix, claim.attempt) as previews,
             Storing(
                 self._storage, key, target := folder / f"result{format.extension}", format, on_bytes=lifeline.sent
             ) as result,
         ):
-            if ready is None:
-                self._storage.get(job.input_key, source)
             fetched = time.monotonic()
             onlookers: list[Onlooker] = [thumbnails, previews, result]
             if self._ahead is not None and not self._stopping.is_set():
@@ -562,6 +799,38 @@ class Executor:
             **made.timings,
             "store_seconds": time.monotonic() - storing,
         }
+        return self._result_of(job, device, made, key, sha256, timings)
+
+    def _work_together(
+        self, claim: Claim, job: Job, queued_seconds: float, device: str, lifeline: SharedLifeline
+    ) -> JobResult:
+        """As `_work`, with every worker that is free. Raises whatever goes wrong."""
+        format = format_named(job.format)
+        with (
+            scratch_folder() as folder,
+            Thumbnails(self._storage, job.blob_prefix, claim.attempt) as thumbnails,
+            Previews(self._storage, job.blob_prefix, claim.attempt) as previews,
+        ):
+            started = time.monotonic()
+            with self._fetched(job, folder, lifeline) as source:
+                fetch_seconds = time.monotonic() - started
+                making = self._engines[device].opened(source, wanted_of(job), lifeline, thumbnails, previews)
+            if job.split is not None or len(sharding.runs_of(making, self._settings)) > 1:
+                making.begin()
+                sharing = Sharing(
+                    self._database, self._storage, self._settings, claim, job, self.presence.facts.id, lifeline
+                )
+                key = f"{job.blob_prefix}/result-{claim.attempt}{format.extension}"
+                made, sha256 = sharing.make(making, folder, thumbnails, key)
+                timings = {"queued_seconds": queued_seconds, "fetch_seconds": fetch_seconds, **made.timings}
+                return self._result_of(job, device, made, key, sha256, timings)
+        # Of a large picture one copy is enough.
+        del making
+        return self._work(claim, job, queued_seconds, device, lifeline)
+
+    def _result_of(
+        self, job: Job, device: str, made: Enlarged, key: str, sha256: str, timings: Mapping[str, float]
+    ) -> JobResult:
         warnings = made.warnings
         if job.device == "gpu" and device == "cpu":
             warnings = (*warnings, "A GPU was asked for; its memory did not suffice, so a CPU did the work.")
@@ -662,7 +931,7 @@ class Executor:
                 jobs.acknowledge_cancel(session, claim, now=now)
             case Released(error):
                 jobs.release(session, claim, error=error, delay_seconds=SERVER_AWAY_SECONDS if error else 0.0, now=now)
-            case Superseded():
+            case Superseded() | Helped():
                 pass
             case _:
                 assert_never(outcome)
@@ -670,6 +939,10 @@ class Executor:
     def _is_alive(self) -> bool:
         lifeline = self._lifeline
         return lifeline is None or lifeline.is_alive
+
+
+def _limit_seconds(job: Job) -> float:
+    return max(LEAST_LIMIT_SECONDS, LIMIT_FACTOR * job.expected_seconds)
 
 
 def _count(outcome: Outcome, model: str) -> None:

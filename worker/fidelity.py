@@ -52,18 +52,61 @@ class Fidelity:
         )
 
 
+@dataclass(frozen=True)
+class Sums:
+    """What a comparison has added up. Those of the parts of a result, added, are those of the result but for the seams
+    and windows where two parts meet, which neither sees whole."""
+
+    squares: float
+    samples: int
+    similarity: float
+    difference: float
+    windows: int
+    across: float
+    beside: float
+    columns: int
+    """Borders of tiles that go down: the same ones in every part."""
+    borders: int
+    """Borders that go across."""
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(
+            squares=self.squares + other.squares,
+            samples=self.samples + other.samples,
+            similarity=self.similarity + other.similarity,
+            difference=self.difference + other.difference,
+            windows=self.windows + other.windows,
+            across=self.across + other.across,
+            beside=self.beside + other.beside,
+            columns=max(self.columns, other.columns),
+            borders=self.borders + other.borders,
+        )
+
+    def fidelity(self) -> Fidelity:
+        error = self.squares / self.samples
+        seams = self.columns + self.borders
+        return Fidelity(
+            psnr_db=None if error == 0 else round(10 * math.log10(255**2 / error), 2),
+            ssim=round(self.similarity / self.windows, 4) if self.windows else None,
+            colour_difference=round(self.difference / self.windows, 3) if self.windows else None,
+            seam_score=round(min(99.0, (self.across + 1e-6) / (self.beside + 1e-6)), 3) if seams else None,
+            seams=seams,
+        )
+
+
 class Comparison:
     """Takes the rows of a result from the top down; holds a few of them and the result shrunk to the input's size."""
 
-    def __init__(self, picture: NDArray[Any], scale: int, plans: Iterable[Plan]) -> None:
-        """picture: (H, W, 3) uint8 or uint16, what went to the network. `plans` say where tiles meet."""
+    def __init__(self, picture: NDArray[Any], scale: int, plans: Iterable[Plan], *, first_row: int = 0) -> None:
+        """picture: (H, W, 3) uint8 or uint16, what went to the network. `plans` say where tiles meet. `first_row`: the
+        row of the picture with which the part of the result begins that will come."""
         self._picture, self._scale = picture, scale
         height, width = picture.shape[:2]
         self._width, self._height = width * scale, height * scale
-        self._rows_seen = 0
+        self._rows_seen = first_row * scale
         self._held: NDArray[np.uint8] | None = None
         self._shrunk: list[NDArray[np.uint8]] = []
-        self._compared = 0
+        self._compared = first_row
         self._squares = 0.0
         self._samples = 0
         self._windows = 0
@@ -75,9 +118,11 @@ class Comparison:
                 for tile in band.tiles:
                     columns.add(round(tile.keep.x * self._width / plan.width))
                     rows.add(round(tile.keep.y * self._height / plan.height))
+        # What lies above it is not seen.
+        rows.discard(first_row * scale)
         self._columns = np.array(sorted(x for x in columns if BESIDE_PX < x < self._width - BESIDE_PX), int)
         self._borders = [y for y in sorted(rows) if BESIDE_PX < y < self._height - BESIDE_PX]
-        self._seams = len(self._columns) + len(self._borders)
+        self._borders_in_all = len(self._borders)
         self._needed = {y + step for y in self._borders for step in (-BESIDE_PX - 1, -BESIDE_PX, -1, 0, 3, 4)}
         self._kept: dict[int, NDArray[np.int16]] = {}
         self._across = self._beside = 0.0
@@ -104,14 +149,21 @@ class Comparison:
 
     def result(self) -> Fidelity:
         """Once all rows are in."""
+        return self.sums().fidelity()
+
+    def sums(self) -> Sums:
+        """Once all rows are in."""
         self._compare(last=True)
-        error = self._squares / self._samples
-        return Fidelity(
-            psnr_db=None if error == 0 else round(10 * math.log10(255**2 / error), 2),
-            ssim=round(self._similarity / self._windows, 4) if self._windows else None,
-            colour_difference=round(self._difference / self._windows, 3) if self._windows else None,
-            seam_score=round(min(99.0, (self._across + 1e-6) / (self._beside + 1e-6)), 3) if self._seams else None,
-            seams=self._seams,
+        return Sums(
+            squares=self._squares,
+            samples=self._samples,
+            similarity=self._similarity,
+            difference=self._difference,
+            windows=self._windows,
+            across=self._across,
+            beside=self._beside,
+            columns=len(self._columns),
+            borders=self._borders_in_all,
         )
 
     def _compare(self, *, last: bool) -> None:

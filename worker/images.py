@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from celery import shared_task
 
-from shared.outbox import RUN_JOB
+from shared.outbox import HELP_JOB, RUN_JOB
 from worker.app import STOP_NOTICE, ProcessLoader
 
 if TYPE_CHECKING:
@@ -39,8 +39,25 @@ class ImagesLoader(ProcessLoader):
 def run_job(self: Any, job_id: str) -> None:
     """One attempt at the job whose turn it is; nothing where there is nothing to claim."""
     executor: Executor = self.app.loader.executor
-    # None where the task is called and was not sent.
-    executor.run(job_id, (self.request.delivery_info or {}).get("routing_key"))
+    executor.run(job_id, _queue_of(self.request))
+    _end_where_asked(executor)
+
+
+@shared_task(name=HELP_JOB, bind=True)
+def help_job(self: Any, job_id: str) -> None:
+    """A job that waits, or one shard of this job, which another process holds; nothing where there is neither."""
+    executor: Executor = self.app.loader.executor
+    executor.help(job_id, _queue_of(self.request))
+    _end_where_asked(executor)
+
+
+def _queue_of(request: Any) -> str | None:
+    """Where the message came from; None where the task is called and was not sent."""
+    queue: str | None = (request.delivery_info or {}).get("routing_key")
+    return queue
+
+
+def _end_where_asked(executor: Executor) -> None:
     if executor.must_end:
         # The pool starts a fresh process with a clean device in this one's place.
         raise SystemExit(1)

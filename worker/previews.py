@@ -46,15 +46,24 @@ class Previews:
         self._strips: list[tuple[int, Image.Image]] = []
         self._lock = threading.Lock()
         self._left_over: Samples | None = None
-        self._y_px = 0
+        self._y_px = self._bottom_px = self._passed_over = 0
         self._width, self._height = 0, 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="previews", daemon=True)
 
-    def begins(self, input_rgb: Samples, width: int, height: int) -> None:  # noqa: ARG002  (an Onlooker's)
-        """The picture is decoded, (H, W, 3), and its result will be `width` x `height` px."""
+    def begins(
+        self,
+        input_rgb: Samples,  # noqa: ARG002  (an Onlooker's)
+        width: int,
+        height: int,
+        rows: range | None = None,
+    ) -> None:
+        """The picture is decoded, (H, W, 3), and its result, or these rows of it, will be `width` x `height` px."""
         self._width, self._height = width, height
-        self._left_over, self._y_px = None, 0
+        rows = range(height) if rows is None else rows
+        self._left_over, self._y_px, self._bottom_px = None, rows.start, rows.stop
+        # Strips begin where a px of the preview does. What a part leaves out above, the part before it has covered.
+        self._passed_over = -rows.start % self.factor
 
     def made(self, rows: Samples) -> None:
         """The next rows of the result, (h, width, channels) uint8 or uint16."""
@@ -69,10 +78,15 @@ class Previews:
             self._waiting.put(self._store_strips)
 
     def _reduce(self, rows: Samples) -> None:
+        if self._passed_over:
+            dropped = min(self._passed_over, len(rows))
+            self._passed_over -= dropped
+            self._y_px += dropped
+            rows = rows[dropped:]
         if self._left_over is not None:
             rows = np.concatenate([self._left_over, rows])
         factor = self.factor
-        is_last = self._y_px + len(rows) >= self._height
+        is_last = self._y_px + len(rows) >= self._bottom_px
         usable = len(rows) if is_last else len(rows) // factor * factor
         self._left_over = rows[usable:].copy()
         if usable == 0:
@@ -113,9 +127,14 @@ class Previews:
                 log.warning("preview.not_made", error=f"{type(error).__name__}: {error}")
 
     def _store_strips(self) -> None:
-        """All that has come since the last strip, as one."""
+        """All that has come since the last strip, as one; where another part of the result has begun, up to there."""
         with self._lock:
-            strips, self._strips = self._strips, []
+            count = 0
+            while count < len(self._strips) and self._follows(count):
+                count += 1
+            strips, self._strips = self._strips[:count], self._strips[count:]
+            if self._strips:
+                self._waiting.put(self._store_strips)
         if not strips:
             return
         y_px = strips[0][0]
@@ -130,6 +149,13 @@ class Previews:
         options: dict[str, Any] = {"quality": 80, "method": 0} if has_alpha else {"quality": 85}
         self._put(strip_key(self._blob_prefix, self._attempt, strip), whole, strip.format.upper(), **options)
         self._ended.wait(BETWEEN_STRIPS_SECONDS)
+
+    def _follows(self, number: int) -> bool:
+        """Whether this waiting strip continues the one before it, or is the first."""
+        if number == 0:
+            return True
+        (y_px, image), (next_y_px, _) = self._strips[number - 1 : number + 1]
+        return next_y_px == y_px + image.height * self.factor
 
     def _put(self, key: str, picture: Image.Image, format: str, **options: Any) -> None:
         file = io.BytesIO()

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from shared import deliveries, figures, jobs, queries, workers
+from shared import deliveries, figures, jobs, queries, shards, workers
 from shared.db import Database, clock
 from shared.errors import Unavailable
 from shared.outbox import SWEEP_BLOBS, Broker, relay_due
@@ -126,6 +126,7 @@ def rescue(database: Database, settings: Settings, watch: ClockWatch) -> None:
             if jump_seconds := watch.jumped_seconds(now):
                 log.warning("relay.clock_jumped", seconds=round(jump_seconds, 1))
                 jobs.clock_jumped(session, jump_seconds, lease_seconds=settings.lease_seconds, now=now)
+                shards.clock_jumped(session, lease_seconds=settings.lease_seconds, now=now)
                 deliveries.clock_jumped(session, jump_seconds, now=now)
             rescued = jobs.rescue_lost(
                 session, retry_delay_seconds=settings.retry_delay_seconds, now=now, limit=ROWS_AT_ONCE

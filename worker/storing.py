@@ -40,7 +40,7 @@ class Storing:
         self._sha256 = hashlib.sha256()
         self._error: StorageUnavailable | OSError | None = None
 
-    def begins(self, input_rgb: Samples, width: int, height: int) -> None:  # noqa: ARG002  (an Onlooker's)
+    def begins(self, input_rgb: Samples, width: int, height: int, rows: range | None = None) -> None:  # noqa: ARG002
         """The result is begun, perhaps anew: what was sent of it before is of another one."""
         self._give_up()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import TracebackType
@@ -44,11 +44,12 @@ class Thumbnails:
         self._y_px = 0
         self._rows: list[Samples] = []
 
-    def begins(self, input_rgb: Samples, width: int, height: int) -> None:
-        """The picture is decoded, (H, W, 3), and its result will be `width` x `height` px. May come again."""
+    def begins(self, input_rgb: Samples, width: int, height: int, rows: range | None = None) -> None:
+        """The picture is decoded, (H, W, 3), and its result will be `width` x `height` px. May come again, also for
+        other `rows` of it, which is no occasion to store the input's."""
         self._every = _every(width, height)
-        self._rows, self._y_px = [], 0
-        if self._storing is not None:
+        self._rows, self._y_px = [], 0 if rows is None else rows.start
+        if self._storing is not None or rows is not None:
             return
         every = _every(*input_rgb.shape[:2])
         # A copy: the thread must not keep the whole picture.
@@ -63,12 +64,18 @@ class Thumbnails:
             self._rows.append(rows[first :: self._every, :: self._every].copy())
         self._y_px += len(rows)
 
+    def seen(self) -> Samples | None:
+        """The px kept of the rows since `begins`, (h, w, channels): a part's, for `storing_result`. None where
+        there are none."""
+        return np.concatenate(self._rows) if self._rows else None
+
     @contextmanager
-    def storing_result(self) -> Iterator[None]:
-        """Stores the result's thumbnail while the block runs, once every row has been seen. Raises StorageUnavailable
-        at the block's end."""
+    def storing_result(self, parts: Sequence[Samples] | None = None) -> Iterator[None]:
+        """Stores the result's thumbnail while the block runs, once every row has been seen, here or as the `parts`.
+        Raises StorageUnavailable at the block's end."""
+        rows = self._rows if parts is None else parts
         with ThreadPoolExecutor(1, "thumbnail") as beside:
-            stored = beside.submit(lambda: self._put("result", np.concatenate(self._rows)))
+            stored = beside.submit(lambda: self._put("result", np.concatenate(rows)))
             yield
             stored.result()
 

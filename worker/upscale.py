@@ -337,10 +337,19 @@ def _in_strips(
     """Bands as the network finishes their rows. On a CPU, in float32: what is not right now will not be at another try,
     and memory does not depend on how the picture is cut."""
     scale = network.scale
-    pieces = (_unit_floats(image[y : y + FED_ROWS]).transpose(2, 0, 1) for y in range(0, whole.height, FED_ROWS))
+    # The plan may be of some bands in the middle of the picture. What the network sees above them is computed and
+    # thrown away. Strips then begin at other rows than in the whole, so that some levels are rounded the other way.
+    top = whole.bands[0].region.y
+    first = max(0, top - network.reach_px)
+    pieces = (_unit_floats(image[y : y + FED_ROWS]).transpose(2, 0, 1) for y in range(first, whole.height, FED_ROWS))
     network.on_step = count.tell
     finished = network.rows(pieces)
     rest = torch.empty(3, 0, whole.width * scale)
+    above = (top - first) * scale
+    while above:
+        rows = next(finished)
+        rest = rows[:, above:]
+        above = max(0, above - rows.shape[1])
     started = time.perf_counter()
     for band in whole.bands:
         held = [rest]

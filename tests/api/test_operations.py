@@ -13,7 +13,7 @@ from flask.testing import FlaskClient
 from PIL import Image
 
 from api import operations
-from shared import audit, deliveries, jobs, keys, thumbnails, workers
+from shared import audit, deliveries, jobs, keys, shards, thumbnails, workers
 from shared.db import clock
 from shared.errors import InvalidImage
 from shared.models import ApiKey, Delivery, DeliveryState, Endpoint, Job, JobState, QueuePause, Worker
@@ -119,6 +119,20 @@ def test_a_read_only_service_shows_everything_and_changes_nothing(api: Any) -> N
 
 
 # --- jobs ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_shared_job_shows_who_makes_what_of_it(api: Any) -> None:
+    [job_id] = make_jobs(api, 1)
+    tile = [0, 0, 8, 8, 0, 0, 8, 8]
+    with api.database.transaction() as session:
+        now = clock(session)
+        shards.begin(session, a_claim(session, job_id, now), [[[tile]], [[tile], [tile]]], {})
+        shards.claim_to_help(session, job_id, worker_id="a-helper", max_tries=3, lease_seconds=20, now=now)
+    page = Hands(api, "viewer").client.get(f"/admin/jobs/{job_id}").text
+    shown = page[page.index('aria-label="Shards"') :]
+    assert re.findall(r"<td>(?:<span[^>]*>)?(under way|free|made)", shown) == ["under way", "free"]
+    assert "0 of 2" in shown
+    assert "a-helper" in shown
 
 
 def test_each_change_to_a_job_is_written_down_with_who_made_it(api: Any, operator: Hands) -> None:

@@ -6,6 +6,7 @@ that rescue can be waited for. Everything at once, and often, is the chaos of `t
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import signal
@@ -17,10 +18,12 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
+from PIL import Image
 from sqlalchemy import select
 
+from shared import shards
 from shared.db import Database
-from shared.models import Attempt, Job, JobState, Worker
+from shared.models import Attempt, Job, JobState, Shard, Worker
 from shared.stack import Stack
 from shared.storage import Storage
 from tests.conftest import STACK_SETTINGS, Receiver, Service, wait_until
@@ -112,6 +115,39 @@ def test_g1_a_job_whose_process_is_killed_starts_again_and_succeeds(
     assert attempts(stack_database, job["id"]) == [(1, "lost"), (2, "succeeded")]
     assert len(service.result(job["id"])) == done["result"]["bytes"]
     assert len(receiver.wait_for(where=of_type("job.succeeded"))) == 1
+
+
+def test_g1_a_process_that_is_killed_in_the_middle_of_a_shard_costs_that_shard(
+    stack: Stack, service: Service, stack_database: Database, whole: None
+) -> None:
+    job = service.submit(photograph(240, 180), model="real-esrgan-video")
+    tries: dict[int, int] = {}
+
+    def looked() -> list[Shard]:
+        with stack_database.reading() as session:
+            rows = list(shards.of_job(session, job["id"]))
+        tries.update({row.position: row.number for row in rows})
+        return rows
+
+    def a_helper() -> Worker | None:
+        """Whoever is in the middle of a shard of a job that somebody else holds."""
+        busy = {row.worker_id for row in looked() if row.finished_at is None and row.tiles_done > 0}
+        with stack_database.reading() as session:
+            holder = session.get_one(Job, job["id"]).worker_id
+            return session.scalar(select(Worker).where(Worker.id.in_(busy - {None, holder})))
+
+    helper = wait_until(a_helper, seconds=PATIENCE_SECONDS, what="a process that helps")
+    os.kill(helper.pid, signal.SIGKILL)
+    done = service.wait(
+        job["id"], seconds=PATIENCE_SECONDS, until=lambda view: looked() is not None and view["finished_at"]
+    )
+
+    assert (done["status"], done["attempt"]) == ("succeeded", 1), "the attempt that holds the job went on"
+    assert done["timings"]["shards"] == len(tries)
+    assert sorted(tries.values()) == [1] * (len(tries) - 1) + [2], "one shard was done again"
+    with Image.open(io.BytesIO(service.result(job["id"]))) as result:
+        assert result.size == (960, 720)
+        result.load()
 
 
 def test_g2_a_worker_that_wakes_up_after_its_lease_is_refused(

@@ -6,6 +6,7 @@ import hashlib
 import io
 import random
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,14 @@ import pytest
 from shared import servers
 from shared.errors import BlobMissing, StorageUnavailable
 from shared.settings import Settings
-from shared.storage import MULTIPART_BYTES, STREAM_CHUNK_BYTES, BlobFacts, Storage, content_disposition
+from shared.storage import (
+    LEAST_PART_BYTES,
+    MULTIPART_BYTES,
+    STREAM_CHUNK_BYTES,
+    BlobFacts,
+    Storage,
+    content_disposition,
+)
 from tests.conftest import wait_until
 
 
@@ -81,6 +89,37 @@ def test_a_large_blob_goes_up_in_parts_and_comes_back_whole(storage: Storage, tm
         read.update(chunk)
     assert facts == storage.facts("large") == BlobFacts(len(body), "image/tiff", facts.etag)
     assert read.digest() == hashlib.sha256(body).digest()
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [(100, 7), (0,), (LEAST_PART_BYTES + 3, 40), (2 * LEAST_PART_BYTES + 1, LEAST_PART_BYTES, 12)],
+    ids=["small", "empty", "too small to be copied behind its head", "copied"],
+)
+def test_blobs_are_joined_with_what_stands_around_them(storage: Storage, sizes: tuple[int, ...]) -> None:
+    chance = random.Random(4)
+    bodies = [chance.randbytes(size) for size in sizes]
+    for number, body in enumerate(bodies):
+        put(storage, f"parts/{number}", body)
+    heard: list[int] = []
+    pieces: list[bytes | str] = [b"head", *(f"parts/{number}" for number in range(len(sizes))), b"tail"]
+    size, sha256 = storage.join("joined", pieces, "image/tiff", on_bytes=heard.append)
+    whole = b"".join([b"head", *bodies, b"tail"])
+    assert get(storage, "joined") == whole
+    assert (size, sha256) == (len(whole), hashlib.sha256(whole).hexdigest())
+    assert storage.facts("joined").content_type == "image/tiff"
+    assert sum(heard) == sum(sizes)
+
+
+def test_a_join_that_fails_leaves_nothing_behind(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = threading.Event()
+    create = storage._client.create_multipart_upload
+    monkeypatch.setattr(storage._client, "create_multipart_upload", lambda **named: begun.set() or create(**named))
+    with pytest.raises(BlobMissing):
+        storage.join("joined", [b"head", "parts/gone"], "image/png")
+    assert begun.is_set()
+    assert storage.keys() == []
+    assert storage._client.list_multipart_uploads(Bucket=storage.bucket).get("Uploads", []) == []
 
 
 def test_what_is_not_there_is_missing_for_every_reader(storage: Storage) -> None:

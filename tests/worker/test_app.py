@@ -26,7 +26,7 @@ from shared.db import Database, clock
 from shared.errors import ModelUnavailable
 from shared.jobs import JobInput
 from shared.models import ApiKey, BlobRemoval, Delivery, DeliveryState, Job, JobState, Worker
-from shared.outbox import DELIVER_WEBHOOK, RUN_JOB, SWEEP_BLOBS, Broker, message_of
+from shared.outbox import DELIVER_WEBHOOK, HELP_JOB, RUN_JOB, SWEEP_BLOBS, Broker, message_of
 from shared.settings import ENV_PREFIX, Settings
 from shared.storage import Storage
 from tests.chaos.proxy import Proxy
@@ -108,20 +108,24 @@ def test_the_driver_and_torch_of_this_machine_agree() -> None:
 
 def test_every_task_that_is_published_is_registered_with_the_app_whose_queue_it_goes_to(settings: Settings) -> None:
     for made, names in (
-        (worker_app.images_app(settings.model_copy(update={"worker_device": "cpu"})), {RUN_JOB}),
+        (worker_app.images_app(settings.model_copy(update={"worker_device": "cpu"})), {RUN_JOB, HELP_JOB}),
         (worker_app.chores_app(settings), {DELIVER_WEBHOOK, SWEEP_BLOBS}),
     ):
         made.loader.import_default_modules()
         assert names <= set(made.tasks)
 
 
+@pytest.mark.parametrize("task", [RUN_JOB, HELP_JOB])
 @pytest.mark.parametrize("must_end", [False, True])
-def test_a_process_whose_device_is_broken_ends_after_its_job(settings: Settings, must_end: bool) -> None:
+def test_a_process_whose_device_is_broken_ends_after_its_job(settings: Settings, must_end: bool, task: str) -> None:
     ran = []
 
     class Executor:
         def run(self, job_id: str, queue: str | None) -> None:
-            ran.append(job_id)
+            ran.append((RUN_JOB, job_id))
+
+        def help(self, job_id: str, queue: str | None) -> None:
+            ran.append((HELP_JOB, job_id))
 
     executor = Executor()
     executor.must_end = must_end  # type: ignore[attr-defined]
@@ -130,10 +134,10 @@ def test_a_process_whose_device_is_broken_ends_after_its_job(settings: Settings,
     app.loader.executor = executor
     if must_end:
         with pytest.raises(SystemExit):
-            app.tasks[RUN_JOB]("job_1")
+            app.tasks[task]("job_1")
     else:
-        app.tasks[RUN_JOB]("job_1")
-    assert ran == ["job_1"]
+        app.tasks[task]("job_1")
+    assert ran == [(task, "job_1")]
 
 
 # --- real processes -------------------------------------------------------------------------------------------------

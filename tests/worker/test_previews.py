@@ -66,6 +66,22 @@ def test_the_strips_are_the_result_made_small(storage: Storage, channels: int, d
     assert pixels[20, :, 3].min() > 250
 
 
+def test_parts_of_a_result_made_by_two_workers_leave_no_gap(storage: Storage) -> None:
+    storage.ensure_bucket()
+    width, cuts = 2 * LONGEST_WIDTH_PX + 37, (0, 388, 701, 1000)
+    rows: Samples = np.broadcast_to((np.arange(1000) // 4).astype(np.uint8)[:, None, None], (1000, width, 3))
+    with Previews(storage, PREFIX, 1) as one, Previews(storage, PREFIX, 1) as other:
+        for number, worker in ((0, one), (1, other), (2, one)):
+            part = range(cuts[number], cuts[number + 1])
+            worker.begins(np.zeros((500, 600, 3), np.uint8), width, 1000, part)
+            for top in range(part.start, part.stop, 97):
+                worker.made(rows[top : min(top + 97, part.stop)])
+    pixels = np.asarray(put_together(storage, 1000)).astype(int)
+    assert pixels[..., 3].min() > 250, f"nothing is shown in row {pixels[..., 3].min(axis=1).argmin()}"
+    error = np.abs(pixels[:, 100, 0] - np.linspace(0, 249, len(pixels)))
+    assert error.max() < 6, f"max {error.max():.1f} at {error.argmax()}, mean {error.mean():.2f}"
+
+
 def test_a_tall_result_is_bounded_too(storage: Storage) -> None:
     storage.ensure_bucket()
     with Previews(storage, PREFIX, 1) as previews:

@@ -93,7 +93,9 @@ def test_results_of_attempts_that_lost_go_an_hour_after_the_jobs_end(
         elif end == JobState.CANCELED:
             jobs.cancel(session, job.id, now=now)
             jobs.acknowledge_cancel(session, second, now=now)
-    losers = [f"{prefix}/result-1.png"] + ([f"{prefix}/result-2.png"] if end == JobState.CANCELED else [])
+    losers = [f"{prefix}/result-1.png", f"{prefix}/parts/0001-1.part"] + (
+        [f"{prefix}/result-2.png"] if end == JobState.CANCELED else []
+    )
     kept = [f"{prefix}/input", f"{prefix}/other-1.webp"]
     if end != JobState.CANCELED:
         kept.append(f"{prefix}/result-2.png")

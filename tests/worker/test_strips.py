@@ -189,6 +189,39 @@ def test_what_strips_do_is_what_tiles_do_and_nothing_is_computed_twice() -> None
     assert np.abs(made.astype(int) - by_tiles).max() <= 1
 
 
+@pytest.mark.parametrize("columns", [24, 13], ids=["one-part", "two-parts"])
+@pytest.mark.parametrize(
+    "module",
+    [pytest.param(srresnet(), id="srresnet"), pytest.param(with_contrast(Compact(4), 0.9), id="compact")],
+)
+def test_a_shard_in_strips_is_what_it_is_in_the_whole_to_one_level(
+    monkeypatch: pytest.MonkeyPatch, module: Architecture, columns: int
+) -> None:
+    width = 24
+    monkeypatch.setattr(networks, "STRIP_PX", width * 12)
+    monkeypatch.setattr(networks, "STRIP_COLUMNS", columns)
+    # Strips so small are not worth a second thread.
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    network = network_of(module)
+    height = network.reach_px + 90
+    image = picture(height, width)
+    spans = networks.strip_columns(width, network.halo_px)
+    whole_plan = plan_strips(width, height, band_px=width * 10, columns=spans)
+    work = replace(plan_work(network, width, height, network.scale), plans=(whole_plan,))
+    whole = np.concatenate([rows.pixels for rows in enlarge(network, image, network.scale, work=work)]).astype(int)
+    for first, last in ((1, 3), (len(whole_plan.bands) - 4, len(whole_plan.bands) - 2), (-2, None)):
+        bands = whole_plan.bands[first:last]
+        part = replace(work, plans=(replace(whole_plan, bands=bands),))
+        made = list(enlarge(network, image, network.scale, work=part))
+        top = bands[0].region.y * network.scale
+        assert made[0].y_px == top
+        pixels = np.concatenate([rows.pixels for rows in made])
+        assert len(pixels) == sum(band.region.height for band in bands) * network.scale
+        difference = np.abs(pixels - whole[top : top + len(pixels)])
+        assert difference.max() <= 1, f"{difference.max()}, mean {difference.mean()}, in bands {first} to {last}"
+    assert bands[0].region.y > network.reach_px, "the last part was not begun at the top"
+
+
 def test_what_watches_can_stop_within_a_strip() -> None:
     class Stop(Exception):
         pass

@@ -77,6 +77,11 @@ class Network:
         return self.card.halo_px
 
     @property
+    def reach_px(self) -> int:
+        """How far the network sees: the halo of a card may be less."""
+        return self.module.reach_px
+
+    @property
     def bytes_per_px(self) -> int:
         """Memory one call takes for each input pixel it reads, in float32; the result is counted in."""
         return self.module.bytes_per_px

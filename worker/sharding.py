@@ -1,0 +1,381 @@
+"""One large picture by many workers, as the attempt that holds the job and those who help see it.
+
+Both make the same thing: a part, some neighbouring bands computed as they were planned, so that the joined picture is
+the one that a single worker makes (`CONTRIBUTING.md` has how nearly). What may happen to a shard is in
+`shared.shards`; how parts are encoded and joined is in `worker.parts`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from sqlalchemy.orm import Session
+
+from shared import jobs, shards
+from shared.db import Database, clock
+from shared.errors import DatabaseUnavailable, EnlargerError, StaleAttempt, StorageUnavailable, WorkerLost
+from shared.jobs import Claim
+from shared.models import Job
+from shared.pictures import format_named
+from shared.settings import Settings
+from shared.shards import ShardClaim, Standing
+from shared.storage import Storage
+from shared.telemetry import log
+from worker import parts
+from worker.codec import Samples
+from worker.enlarging import Engine, Enlarged, MadePart, Making, NotTrue, Watch
+from worker.fidelity import Sums
+from worker.thumbnails import Thumbnails
+from worker.tiling import Band, Region, Tile
+from worker.upscale import Repairs, Work
+
+T = TypeVar("T")
+
+LOOK_SECONDS = 0.2
+"""So often the attempt that holds the job looks whether others have made what it waits for."""
+
+LEAST_REACHES = 7
+"""A shard in strips is at least so many times as high as its network sees, which is computed twice for it: at most a
+seventh more work."""
+
+STORE_BYTES_PER_SECOND = 1_000_000
+"""As in `worker.execute`: a slow line to object storage."""
+
+SAMPLED = ".npy"
+"""Beside each part lies what it adds to the thumbnail of the result, under the part's key with this behind it."""
+
+
+class ShardTaken(Exception):
+    """Another worker has the shard that this one was working on: its lease had passed."""
+
+
+class Lifeline(Watch, Protocol):
+    """What keeps the attempt, or the help, alive: `worker.execute` has both."""
+
+    @property
+    def is_alive(self) -> bool: ...
+
+    def sent(self, _bytes: int) -> None: ...
+
+    def raise_if_stale(self) -> None: ...
+
+
+class SharedLifeline(Lifeline, Protocol):
+    """Of the attempt that holds the job."""
+
+    def works_on(self, claim: ShardClaim | None, others: Standing | None = None) -> None:
+        """From now on the lease of this shard is renewed with the job's. `others`: how far all others have come."""
+
+    def waits(self, standing: Standing) -> None:
+        """There is nothing to do but wait for others. Raises what ends the attempt."""
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    key: str
+    bytes: int
+    facts: dict[str, Any]
+
+
+def may_share(job: Job, engine: Engine, settings: Settings) -> bool:
+    """Whether the job is large enough to share, and of a kind that can be. No SQL."""
+    if job.split is not None:
+        return True
+    if not 0 < settings.split_above_px < job.input_width * job.input_height:
+        return False
+    if job.preview is not None or job.format not in parts.FORMATS:
+        return False
+    try:
+        return engine.can_share(job.model, job.scale)
+    except EnlargerError:
+        # What is wrong with the model will be said on the ordinary way.
+        return False
+
+
+def runs_of(making: Making, settings: Settings) -> list[tuple[Band, ...]]:
+    """The bands of each shard, from the top; one run where the work is not worth sharing."""
+    least_rows = LEAST_REACHES * making.network.reach_px if making.work.plans[0].in_strips else 1
+    return cut(making.work, settings.shard_output_px, least_rows=least_rows)
+
+
+def cut(work: Work, shard_output_px: int, *, least_rows: int = 1) -> list[tuple[Band, ...]]:
+    """The bands of the work in runs of about `shard_output_px` of the result, and of about `least_rows` of the input at
+    least, from the top; one run where the work cannot be shared."""
+    if len(work.plans) != 1:
+        return [tuple(itertools.chain.from_iterable(plan.bands for plan in work.plans))]
+    bands = work.plans[0].bands
+    wanted = max(1, round(work.width * work.height * work.scale**2 / shard_output_px))
+    wanted = min(wanted, work.height // least_rows)
+    # Of few an even number: with three shards one of two workers would wait for the other.
+    wanted = max(1, wanted - wanted % 2 if wanted > 1 else wanted)
+    runs: list[list[Band]] = [[]]
+    for band in bands:
+        # Balanced: the n-th run ends where n shares of the picture do.
+        if runs[-1] and band.region.y * wanted >= len(runs) * work.height:
+            runs.append([])
+        runs[-1].append(band)
+    return [tuple(run) for run in runs]
+
+
+def packed(bands: Sequence[Band]) -> shards.Bands:
+    """As a shard's row holds them."""
+    return [[[*_numbers(tile.keep), *_numbers(tile.read)] for tile in band.tiles] for band in bands]
+
+
+def _numbers(region: Region) -> tuple[int, int, int, int]:
+    return region.x, region.y, region.width, region.height
+
+
+def unpacked(bands: shards.Bands) -> tuple[Band, ...]:
+    found = []
+    for index, numbers in enumerate(bands):
+        tiles = tuple(Tile(Region(*each[:4]), Region(*each[4:])) for each in numbers)
+        top, right = min(tile.keep.y for tile in tiles), max(tile.keep.right for tile in tiles)
+        bottom = max(tile.keep.bottom for tile in tiles)
+        found.append(Band(index, Region(0, top, right, bottom - top), tiles))
+    return tuple(found)
+
+
+class PartMaker:
+    """Makes parts of one picture and stores them."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        blob_prefix: str,
+        folder: Path,
+        lifeline: Lifeline,
+        making: Making,
+        thumbnails: Thumbnails,
+        terms: dict[str, Any],
+    ) -> None:
+        """`making` shows its rows to `thumbnails`, among others. `terms`: what holds for all shards of the job."""
+        self._storage, self._blob_prefix, self._folder = storage, blob_prefix, folder
+        self._lifeline, self._making, self._thumbnails, self._terms = lifeline, making, thumbnails, terms
+
+    def make(self, claim: ShardClaim) -> StoredPart:
+        """Raises as `Making.write_part`, and StorageUnavailable; StaleAttempt where it has come too late."""
+        path = self._folder / claim.part_name
+        # Named after the try: a worker that wakes up late must not overwrite the winner's part.
+        key = jobs.parts_prefix(self._blob_prefix) + claim.part_name
+        try:
+            made = self._making.write_part(
+                path,
+                unpacked(claim.bands),
+                in_strips=self._terms["in_strips"],
+                rows_in_strip=self._terms["rows_in_strip"],
+                precise=self._terms["precise"],
+            )
+            self._lifeline.begins("upscale", expected_seconds=made.bytes / STORE_BYTES_PER_SECOND)
+            sampled = io.BytesIO()
+            np.save(sampled, self._sampled())
+            sampled.seek(0)
+            self._storage.put(key + SAMPLED, sampled, "application/octet-stream")
+            with path.open("rb") as file:
+                self._storage.put(key, file, "application/octet-stream", on_bytes=self._lifeline.sent)
+            self._lifeline.raise_if_stale()
+        except BaseException:
+            with contextlib.suppress(StorageUnavailable):
+                self._storage.remove(key)
+            raise
+        finally:
+            path.unlink(missing_ok=True)
+        return StoredPart(key, made.bytes, _facts(made))
+
+    def _sampled(self) -> Samples:
+        seen = self._thumbnails.seen()
+        # A part of few rows may have none that the thumbnail is made of.
+        return np.empty((0,), np.uint8) if seen is None else seen
+
+
+def _facts(made: MadePart) -> dict[str, Any]:
+    return {
+        "part": made.facts,
+        "sums": asdict(made.sums),
+        "repairs": asdict(made.repairs),
+        "timings": {name: round(seconds, 4) for name, seconds in made.timings.items()},
+    }
+
+
+class Sharing:
+    """The attempt that holds the job: shares it, works on it as all others do, and joins what has been made."""
+
+    def __init__(
+        self,
+        database: Database,
+        storage: Storage,
+        settings: Settings,
+        claim: Claim,
+        job: Job,
+        worker_id: str,
+        lifeline: SharedLifeline,
+    ) -> None:
+        self._database, self._storage, self._settings = database, storage, settings
+        self._claim, self._job, self._worker_id, self._lifeline = claim, job, worker_id, lifeline
+
+    def make(self, making: Making, folder: Path, thumbnails: Thumbnails, key: str) -> tuple[Enlarged, str]:
+        """The result, stored under `key`, and its SHA-256. Raises whatever goes wrong; parts that are made stay for the
+        next attempt."""
+        terms = self._terms(making)
+        try:
+            return self._made(making, folder, thumbnails, terms, key)
+        except NotTrue:
+            # As an ordinary job: once more, in float32, where half precision may be to blame.
+            if terms["precise"]:
+                raise
+        terms = {**terms, "precise": True}
+        self._write(lambda session, _: shards.begin_again(session, self._claim, terms))
+        return self._made(making, folder, thumbnails, terms, key)
+
+    def _made(
+        self, making: Making, folder: Path, thumbnails: Thumbnails, terms: dict[str, Any], key: str
+    ) -> tuple[Enlarged, str]:
+        maker = PartMaker(self._storage, self._job.blob_prefix, folder, self._lifeline, making, thumbnails, terms)
+        with making.clock.time("upscale"):
+            self._make_parts(maker)
+        return self._joined(making, thumbnails, terms, key)
+
+    def _terms(self, making: Making) -> dict[str, Any]:
+        """What holds for all shards; they are written where an earlier attempt has not done so."""
+        if self._job.split is not None:
+            return self._job.split
+        runs = runs_of(making, self._settings)
+        rows = [sum(band.region.height for band in run) * making.wanted.scale for run in runs]
+        layout = making.layout(1)
+        row_bytes = layout.width * layout.channels * layout.bits // 8
+        terms = {
+            "precise": not making.network.prefers_half,
+            "in_strips": making.work.plans[0].in_strips,
+            "rows_in_strip": parts.rows_in_strip(rows[:-1] or rows, row_bytes),
+        }
+        self._write(lambda session, _: shards.begin(session, self._claim, [packed(run) for run in runs], terms))
+        log.info("job.shared", shards=len(runs))
+        return terms
+
+    def _make_parts(self, maker: PartMaker) -> None:
+        while True:
+            mine, standing = self._write(self._next)
+            if mine is not None:
+                self._make_part(maker, mine, standing)
+            elif standing.all_made:
+                return
+            elif standing.lost is not None:
+                raise WorkerLost(
+                    f"Shard {standing.lost} of the picture has cost {self._settings.max_attempts} workers.",
+                    shard=standing.lost,
+                )
+            else:
+                self._lifeline.waits(standing)
+                # Nobody sets it: the wait is only a wait.
+                threading.Event().wait(LOOK_SECONDS)
+
+    def _next(self, session: Session, now: datetime) -> tuple[ShardClaim | None, Standing]:
+        max_tries = self._settings.max_attempts
+        mine = shards.claim(
+            session,
+            self._claim,
+            worker_id=self._worker_id,
+            max_tries=max_tries,
+            lease_seconds=self._settings.lease_seconds,
+            now=now,
+        )
+        standing = shards.standing(session, self._claim.job_id, max_tries=max_tries, now=now, without=mine)
+        if mine is None and standing.shards == 0:
+            raise self._ended()
+        return mine, standing
+
+    def _ended(self) -> StaleAttempt:
+        return StaleAttempt(f"The shards of {self._claim.job_id} are gone: it has ended.", job_id=self._claim.job_id)
+
+    def _make_part(self, maker: PartMaker, claim: ShardClaim, others: Standing) -> None:
+        self._lifeline.works_on(claim, others)
+        try:
+            part = maker.make(claim)
+        except ShardTaken as error:
+            log.info("shard.taken", detail=str(error))
+            return
+        except BaseException:
+            # Not counted: what has gone wrong counts against the job.
+            with contextlib.suppress(StaleAttempt, DatabaseUnavailable), self._database.transaction() as session:
+                shards.give_back(session, claim)
+            raise
+        finally:
+            self._lifeline.works_on(None)
+        try:
+            record(self._database, self._lifeline, self._storage, claim, part)
+        except StaleAttempt as error:
+            log.info("shard.taken", detail=error.detail)
+
+    def _joined(self, making: Making, thumbnails: Thumbnails, terms: dict[str, Any], key: str) -> tuple[Enlarged, str]:
+        with self._database.reading() as session:
+            rows = shards.of_job(session, self._claim.job_id)
+        if not rows:
+            raise self._ended()
+        facts = [row.facts or {} for row in rows]
+        keys = [str(row.key) for row in rows]
+        sums = [Sums(**each["sums"]) for each in facts]
+        repairs = Repairs(**{name: sum(each["repairs"][name] for each in facts) for name in asdict(Repairs())})
+        compare_seconds = sum(each["timings"].get("compare_seconds", 0.0) for each in facts)
+        report = making.report(
+            sum(sums[1:], sums[0]), repairs, precise=terms["precise"], compare_seconds=compare_seconds
+        )
+        labels = making.labels()
+        making.clock.timings["shards"] = float(len(rows))
+        format = format_named(self._job.format)
+        all_bytes = sum(row.bytes or 0 for row in rows)
+        self._lifeline.begins("store", expected_seconds=all_bytes / STORE_BYTES_PER_SECOND)
+        with making.clock.time("store"):
+            sampled = [self._sampled(each) for each in keys]
+            layout = making.layout(terms["rows_in_strip"])
+            head, tail = parts.joined(layout, [each["part"] for each in facts], making.metadata)
+            pieces: list[bytes | str] = [head, *keys, tail]
+            with thumbnails.storing_result([each for each in sampled if each.size]):
+                size, sha256 = self._storage.join(key, pieces, format.mime_type, on_bytes=self._lifeline.sent)
+        self._lifeline.raise_if_stale()
+        return making.enlarged(labels, size, report), sha256
+
+    def _sampled(self, key: str) -> Samples:
+        file = io.BytesIO()
+        self._storage.get(key + SAMPLED, file)
+        file.seek(0)
+        sampled: Samples = np.load(file)
+        return sampled
+
+    def _write(self, act: Callable[[Session, datetime], T]) -> T:
+        return _written(self._database, self._lifeline, act)
+
+
+def record(database: Database, lifeline: Lifeline, storage: Storage, claim: ShardClaim, part: StoredPart) -> None:
+    """The shard is made. Raises StaleAttempt where it is somebody else's by now, and the part is gone then."""
+    try:
+        _written(
+            database,
+            lifeline,
+            lambda session, now: shards.made(session, claim, key=part.key, bytes=part.bytes, facts=part.facts, now=now),
+        )
+    except StaleAttempt:
+        with contextlib.suppress(StorageUnavailable):
+            storage.remove(part.key)
+        raise
+
+
+def _written(database: Database, lifeline: Lifeline, act: Callable[[Session, datetime], T]) -> T:
+    """What `act` answers, in a transaction. A database that is away is waited for as long as the lease lasts."""
+    while True:
+        try:
+            with database.transaction() as session:
+                return act(session, clock(session))
+        except DatabaseUnavailable as error:
+            if not lifeline.is_alive:
+                raise
+            log.warning("job.progress_not_written", detail=error.detail)
+        threading.Event().wait(LOOK_SECONDS)

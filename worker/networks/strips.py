@@ -207,9 +207,10 @@ class Strips:
         Yields (C', h', W') as they are finished, the last when all are in. `on_step` is called now and then within a
         strip; what it raises passes. Raises OutOfMemory where ncnn has none.
         """
-        run = _Run(self, on_step)
+        above: dict[str, Any] = {}
         for piece, is_last in _strips_of(pieces, self.first_rows + rows, rows):
-            yield run.feed(piece, is_last=is_last)
+            made, above = _Step(self, piece, above, is_last=is_last).run(on_step)
+            yield made
 
 
 @dataclass(frozen=True)
@@ -337,31 +338,12 @@ def _strips_of(
     yield np.concatenate(held, axis=1), True
 
 
-class _Run:
-    """One picture on its way through Strips, from the top down."""
-
-    def __init__(self, strips: Strips, on_step: Callable[[], None]) -> None:
-        self._strips, self._on_step = strips, on_step
-        self._above: dict[str, Any] = {}
-
-    def feed(self, rows: NDArray[np.float32], *, is_last: bool) -> NDArray[np.float32]:
-        """The picture's next rows, (C, h, W) -> what they bring of the output, (C', h', W').
-
-        Fewer rows than were fed come out of the first strip, which has `first_rows` at least unless it is the last too;
-        as many of those in the middle, more of the last.
-        """
-        step = _Step(self._strips, rows, self._above, is_last=is_last)
-        made = step.run(self._on_step)
-        self._above = step.kept
-        return made
-
-
 class _Step:
-    """One strip."""
+    """One strip on its way through Strips: fewer rows come out of the first, which has `first_rows` at least unless it
+    is the last too; as many of those in the middle, more of the last."""
 
     def __init__(self, strips: Strips, rows: NDArray[np.float32], above: dict[str, Any], *, is_last: bool) -> None:
         self._strips, self._is_first, self._is_last = strips, not above, is_last
-        self.kept: dict[str, Any] = {}
         self._extractor = (strips._to_the_end if is_last else strips._onward).create_extractor()
         # ncnn reads them where they lie: they have to live as long as the extractor.
         self._held: list[NDArray[Any]] = []
@@ -417,15 +399,17 @@ class _Step:
         place = [0, top, 0, self._width * blob.grid, rows, blob.channels]
         self._give(f"{name}_place", np.array(place, np.int32))
 
-    def run(self, on_step: Callable[[], None]) -> NDArray[np.float32]:
+    def run(self, on_step: Callable[[], None]) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """What the strip brings of the output, (C', h', W'), and what is kept for the one below."""
+        kept: dict[str, Any] = {}
         # In the order of the layers: what is asked for late would be computed again.
         for name in self._strips.inputs:
-            self.kept[name] = self._take(f"{name}_kept", packed=True)
+            kept[name] = self._take(f"{name}_kept", packed=True)
             on_step()
             if self._is_first or self._is_last:
                 # From layer to layer they have fewer rows, or more: memory of the one does not serve the next.
                 self._strips.pool.clear()
-        return np.array(self._take(self._strips.output.name, packed=False))
+        return np.array(self._take(self._strips.output.name, packed=False)), kept
 
     def _take(self, name: str, *, packed: bool) -> Any:
         status, values = self._extractor.extract(name, int(packed))

@@ -198,8 +198,21 @@ def start_tag_px(session: Session, owner_key_id: str, queue: str) -> int:
     what runs; where jobs run that were given back, of what is next. All of it is read from the jobs, so that a job
     taken back or deleted is no burden to its key.
     """
+    place = {"owner_key_id": owner_key_id, "queue": queue}
+    running, queued, done, *ends = session.execute(_tags(), place).one()
+    under_way = [tag for tag in (running, queued) if tag is not None]
+    present = min(under_way) if under_way else (done or 0)
+    return max(present, *(end or 0 for end in ends))
+
+
+@functools.cache
+def _tags() -> Select[Any]:
+    """In the queue, the tag that runs, that waits first and that was done last; then where the key's jobs of each of
+    these states end."""
     of_queue = {
-        state: select(found(Job.start_tag_px)).where(Job.state == state, Job.queue == queue).scalar_subquery()
+        state: select(found(Job.start_tag_px))
+        .where(Job.state == state, Job.queue == bindparam("queue"))
+        .scalar_subquery()
         for state, found in (
             (JobState.RUNNING, func.max),
             (JobState.QUEUED, func.min),
@@ -208,16 +221,13 @@ def start_tag_px(session: Session, owner_key_id: str, queue: str) -> int:
     }
     of_key = [
         select(Job.start_tag_px + Job.output_px)
-        .where(Job.owner_key_id == owner_key_id, Job.state == state, Job.queue == queue)
+        .where(Job.owner_key_id == bindparam("owner_key_id"), Job.state == state, Job.queue == bindparam("queue"))
         .order_by(Job.start_tag_px.desc())
         .limit(1)
         .scalar_subquery()
         for state in of_queue
     ]
-    running, queued, done, *ends = session.execute(select(*of_queue.values(), *of_key)).one()
-    under_way = [tag for tag in (running, queued) if tag is not None]
-    present = min(under_way) if under_way else (done or 0)
-    return max(present, *(end or 0 for end in ends))
+    return select(*of_queue.values(), *of_key)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ ONE_GULP_BYTES = 1024 * 1024
 LEAST_PART_BYTES = 5 * 1024 * 1024
 """S3 takes no smaller part of a multipart upload, but for the last."""
 STREAM_CHUNK_BYTES = 256 * 1024
+_QUICK_LINK_SECONDS = 60
 _THIS_MACHINE = frozenset({"localhost", "127.0.0.1", "::1"})
 _MISSING_CODES = frozenset({"404", "NoSuchKey", "NotFound"})
 
@@ -58,6 +59,8 @@ class Storage:
         # Not at the top, here and below: what names a Storage and makes none is spared a tenth of a second.
         from boto3.s3.transfer import TransferConfig
         from botocore.config import Config
+        from botocore.utils import get_environ_proxies
+        from urllib3 import PoolManager, Timeout
 
         silence_seconds = silence_seconds or settings.storage_timeout_seconds
         self.bucket = settings.storage_bucket
@@ -94,6 +97,13 @@ class Storage:
         public_url = settings.storage_public_url or settings.storage_endpoint_url
         # Signatures cover the host, so links are signed by a client that believes in the address clients use.
         self._signer = self._client if public_url == settings.storage_endpoint_url else client(endpoint_url=public_url)
+        self._quick = None
+        # A plain server close by. Certificates and proxies are boto3's affair.
+        if settings.storage_endpoint_url.startswith("http://") and not get_environ_proxies(
+            settings.storage_endpoint_url
+        ):
+            timeout = Timeout(connect=config.connect_timeout, read=silence_seconds)
+            self._quick = PoolManager(maxsize=config.max_pool_connections, timeout=timeout, retries=False)
         self._transfer = TransferConfig(
             multipart_threshold=MULTIPART_BYTES, multipart_chunksize=MULTIPART_BYTES, max_concurrency=2
         )
@@ -126,7 +136,8 @@ class Storage:
             head = file.read(ONE_GULP_BYTES + 1) if on_bytes is None else None
             if head is not None and len(head) <= ONE_GULP_BYTES:
                 # In this thread: handing it to boto3's costs more than the request itself.
-                self._client.put_object(Bucket=self.bucket, Key=key, Body=head, ContentType=content_type)
+                if not self._put_quickly(key, head, content_type):
+                    self._client.put_object(Bucket=self.bucket, Key=key, Body=head, ContentType=content_type)
                 return
             if head is not None:
                 file.seek(-len(head), os.SEEK_CUR)
@@ -138,6 +149,23 @@ class Storage:
                 Callback=on_bytes,
                 Config=self._transfer,
             )
+
+    def _put_quickly(self, key: str, body: bytes, content_type: str) -> bool:
+        """One PUT to a presigned address, for half of the processor time that boto3's way takes. Whether it was stored;
+        what went wrong is boto3's to try again and to name."""
+        from urllib3.exceptions import HTTPError
+
+        if self._quick is None:
+            return False
+        began_at = time.perf_counter()
+        blob = {"Bucket": self.bucket, "Key": key, "ContentType": content_type}
+        address = self._client.generate_presigned_url("put_object", Params=blob, ExpiresIn=_QUICK_LINK_SECONDS)
+        try:
+            answer = self._quick.request("PUT", address, body=body, headers={"Content-Type": content_type})
+        except HTTPError:
+            return False
+        tallies.observe("enlarger_storage_seconds", time.perf_counter() - began_at, operation="PutObject")
+        return answer.status == 200
 
     def begin(self, key: str, content_type: str) -> Upload:
         """A blob that is sent in parts while it is still being made. Nobody sees it before `Upload.complete`."""
@@ -294,6 +322,8 @@ class Storage:
     def close(self) -> None:
         self._client.close()
         self._signer.close()
+        if self._quick is not None:
+            self._quick.clear()
 
 
 class Upload:

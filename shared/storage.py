@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 # Below this one PUT; above, a multipart upload whose parts go up while the next is read.
 MULTIPART_BYTES = 16 * 1024 * 1024
-# Up to this a blob is read whole and sent at once: most of the pictures that are handed in, and all small ones beside
-# results.
-ONE_GULP_BYTES = 1024 * 1024
+# Up to this a blob is read whole and sent at once: most of the pictures that are handed in, and many results.
+ONE_GULP_BYTES = 8 * 1024 * 1024
 LEAST_PART_BYTES = 5 * 1024 * 1024
 """S3 takes no smaller part of a multipart upload, but for the last."""
 STREAM_CHUNK_BYTES = 256 * 1024
+POOLED_CONNECTIONS = 50
 _QUICK_LINK_SECONDS = 60
 _THIS_MACHINE = frozenset({"localhost", "127.0.0.1", "::1"})
 _MISSING_CODES = frozenset({"404", "NoSuchKey", "NotFound"})
@@ -63,13 +63,14 @@ class Storage:
         from urllib3 import PoolManager, Timeout
 
         silence_seconds = silence_seconds or settings.storage_timeout_seconds
+        connect_seconds = min(3.0, silence_seconds)
         self.bucket = settings.storage_bucket
         self._link_seconds = settings.presigned_link_seconds
         config = Config(
-            connect_timeout=min(3.0, silence_seconds),
+            connect_timeout=connect_seconds,
             read_timeout=silence_seconds,
             retries={"mode": "standard", "total_max_attempts": tries},
-            max_pool_connections=50,
+            max_pool_connections=POOLED_CONNECTIONS,
             # boto3's own is put together anew for each request, which takes longer than to sign it.
             user_agent="enlarger",
             signature_version="s3v4",
@@ -102,8 +103,8 @@ class Storage:
         if settings.storage_endpoint_url.startswith("http://") and not get_environ_proxies(
             settings.storage_endpoint_url
         ):
-            timeout = Timeout(connect=config.connect_timeout, read=silence_seconds)
-            self._quick = PoolManager(maxsize=config.max_pool_connections, timeout=timeout, retries=False)
+            timeout = Timeout(connect=connect_seconds, read=silence_seconds)
+            self._quick = PoolManager(maxsize=POOLED_CONNECTIONS, timeout=timeout, retries=False)
         self._transfer = TransferConfig(
             multipart_threshold=MULTIPART_BYTES, multipart_chunksize=MULTIPART_BYTES, max_concurrency=2
         )
@@ -130,17 +131,19 @@ class Storage:
     ) -> None:
         """Stores what `file` holds from where it stands, and leaves it open.
 
-        `on_bytes` hears of each chunk sent, from other threads.
+        `on_bytes` hears of what was sent: of a small blob at its end, of a large one as it goes, from other threads.
         """
         with _translated(key):
-            head = file.read(ONE_GULP_BYTES + 1) if on_bytes is None else None
-            if head is not None and len(head) <= ONE_GULP_BYTES:
+            head = file.read(ONE_GULP_BYTES + 1)
+            if len(head) <= ONE_GULP_BYTES:
                 # In this thread: handing it to boto3's costs more than the request itself.
                 if not self._put_quickly(key, head, content_type):
                     self._client.put_object(Bucket=self.bucket, Key=key, Body=head, ContentType=content_type)
+                if on_bytes is not None:
+                    on_bytes(len(head))
                 return
-            if head is not None:
-                file.seek(-len(head), os.SEEK_CUR)
+            file.seek(-len(head), os.SEEK_CUR)
+            del head
             self._client.upload_fileobj(
                 _LeftOpen(file),
                 self.bucket,

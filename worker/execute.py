@@ -243,7 +243,8 @@ class Lifeline:
         last, self._last = self._last, progress
         since_seconds = self._monotonic() - self._written_at
         is_first = last.tiles_total == 0
-        band_ended = progress.bands_done > last.bands_done
+        # What comes after the last band is soon told by itself.
+        band_ended = last.bands_done < progress.bands_done < progress.bands_total
         if is_first or since_seconds >= PROGRESS_SECONDS or (band_ended and since_seconds >= BAND_SECONDS):
             self._write(self._settings.lease_seconds)
 

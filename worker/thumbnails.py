@@ -1,8 +1,8 @@
 """Thumbnails of one attempt: of the picture handed in, stored as soon as it is decoded, and of the result.
 
 They are for looking at. The input's is stored by a thread of its own, so that the network does not wait for storage,
-and where it cannot be stored the job goes on. The result's is made of pixels that pass on their way to the encoder: no
-result is ever read again for it.
+and where it cannot be stored the job goes on. The result's is made of pixels that pass on their way to the encoder, as
+soon as the last of them has: no result is ever read again for it, or waits for it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -41,14 +41,19 @@ class Thumbnails:
         self._storage, self._blob_prefix, self._attempt = storage, blob_prefix, attempt
         self._storing: threading.Thread | None = None
         self._every = 1
-        self._y_px = 0
+        self._y_px = self._height = 0
         self._rows: list[Samples] = []
+        # In order: a result that is made again has the last word.
+        self._beside = ThreadPoolExecutor(1, "thumbnail")
+        self._stored: Future[None] | None = None
 
     def begins(self, input_rgb: Samples, width: int, height: int, rows: range | None = None) -> None:
         """The picture is decoded, (H, W, 3), and its result will be `width` x `height` px. May come again, also for
         other `rows` of it, which is no occasion to store the input's."""
         self._every = _every(width, height)
         self._rows, self._y_px = [], 0 if rows is None else rows.start
+        # A part's last row is no reason to store anything.
+        self._height, self._stored = height if rows is None else 0, None
         if self._storing is not None or rows is not None:
             return
         every = _every(*input_rgb.shape[:2])
@@ -63,6 +68,8 @@ class Thumbnails:
         if first < len(rows):
             self._rows.append(rows[first :: self._every, :: self._every].copy())
         self._y_px += len(rows)
+        if self._y_px == self._height:
+            self._stored = self._beside.submit(self._put_result, self._rows)
 
     def seen(self) -> Samples | None:
         """The px kept of the rows since `begins`, (h, w, channels): a part's, for `storing_result`. None where
@@ -71,13 +78,12 @@ class Thumbnails:
 
     @contextmanager
     def storing_result(self, parts: Sequence[Samples] | None = None) -> Iterator[None]:
-        """Stores the result's thumbnail while the block runs, once every row has been seen, here or as the `parts`.
-        Raises StorageUnavailable at the block's end."""
-        rows = self._rows if parts is None else parts
-        with ThreadPoolExecutor(1, "thumbnail") as beside:
-            stored = beside.submit(lambda: self._put("result", np.concatenate(rows)))
-            yield
-            stored.result()
+        """Stores the result's thumbnail while the block runs, or before, once every row has been seen, here or as the
+        `parts`. Raises StorageUnavailable at the block's end."""
+        stored = self._beside.submit(self._put_result, parts) if parts is not None else self._stored
+        assert stored is not None, "every row has been seen"
+        yield
+        stored.result()
 
     def __enter__(self) -> Self:
         return self
@@ -87,12 +93,16 @@ class Thumbnails:
     ) -> None:
         if self._storing is not None:
             self._storing.join(LAST_WAIT_SECONDS)
+        self._beside.shutdown(wait=False)
 
     def _store_input(self, sampled: Samples) -> None:
         try:
             self._put("input", sampled)
         except StorageUnavailable as error:
             log.info("thumbnail.not_stored", detail=error.detail)
+
+    def _put_result(self, rows: Sequence[Samples]) -> None:
+        self._put("result", np.concatenate(rows))
 
     def _put(self, side: thumbnails.Side, sampled: Samples) -> None:
         key = thumbnails.key(self._blob_prefix, side, self._attempt)

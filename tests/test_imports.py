@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PIXELS = ("torch", "torchvision")
 PAGES = ("flask", "gunicorn")
 # What the API's first request brings in, or the address or database that needs it; half of what its start would take.
-LATER = ("boto3", "celery", "httpx", "limits", "psycopg", "redis")
+LATER = ("alembic", "boto3", "celery", "httpx", "limits", "psycopg", "redis")
 
 
 def test_every_import_contract_is_kept() -> None:

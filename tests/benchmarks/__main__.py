@@ -32,6 +32,7 @@ BAR_PX, LABEL_PX, ROW_PX, FIGURE_PX = 420, 230, 26, 190
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make bench", description="Measure speed and memory on this machine.")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all where none is named")
+    parser.add_argument("--tensorflow", metavar="PYTHON", help="a Python that has TensorFlow, to measure it too")
     parser.add_argument("--out", type=Path, default=Path("bench-output"), help="folder of what is written")
     asked = parser.parse_args()
     if unknown := set(asked.parts) - set(PARTS):
@@ -42,7 +43,8 @@ def main() -> int:
     for part in asked.parts or PARTS:
         print(f"--- {part}", flush=True)
         file = asked.out / f"{part}.json"
-        if subprocess.run([sys.executable, *PARTS[part], "--json", str(file)]).returncode != 0:
+        more = ["--tensorflow", asked.tensorflow] if part == "runtimes" and asked.tensorflow else []
+        if subprocess.run([sys.executable, *PARTS[part], *more, "--json", str(file)]).returncode != 0:
             failed.append(part)
             continue
         measured[part] = json.loads(file.read_text())

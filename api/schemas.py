@@ -508,6 +508,7 @@ class ModelView(Answered):
     scales: list[int] = Field(description="Those with a network of their own; others are a step down from the next.")
     summary: str
     guarantee: str
+    on_gpu: str = Field(description="What was measured of it on GPUs.")
     architecture: str
     halo_px: int
     licence: str

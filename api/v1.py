@@ -1302,6 +1302,7 @@ def _model_view(card: ModelCard, loaded: Mapping[str, set[str]]) -> dict[str, An
         "scales": [each.scale for each in card.at_each_scale],
         "summary": card.summary,
         "guarantee": card.guarantee,
+        "on_gpu": catalog.ON_GPU,
         "architecture": card.architecture,
         "halo_px": card.halo_px,
         "licence": card.licence,

@@ -93,6 +93,12 @@ def _reached(passes: tuple[ModelCard, ...]) -> int:
 EXACT = "Exact: a tiled result differs from the whole-picture result by at most 1 level of 255 in any pixel."
 
 
+ON_GPU = (
+    "Unmeasured: no GPU has run it yet. Half precision and the answer to a full memory are tested on CPUs, with faults "
+    "made."
+)
+"""What every card says of GPUs."""
+
 HALO_OF_RRDB = (
     "Measured, not proven: the network sees {reach} px around a tile and is given {halo}. In crops of sample "
     "photographs no pixel of a tile differed by more than 1 level of 255 from one that was given 112 px."

@@ -104,6 +104,7 @@ def test_every_card_says_where_it_comes_from_and_under_what_licence(api: Api, ca
     assert view.source_url.startswith("https://")
     assert (view.sha256 is None) == (card.weights is None)
     assert view.scale in view.scales
+    assert view.on_gpu.startswith("Unmeasured")
 
 
 # --- auto -----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from sqlalchemy import delete, func, insert, literal, select, update
+from sqlalchemy import case, delete, func, insert, literal, select, update
 from sqlalchemy.orm import Session
 
 from shared.db import Database, UtcDateTime, clock
@@ -121,6 +121,12 @@ def is_drained(session: Session, worker_id: str) -> bool:
 def working_on(session: Session, worker_id: str, job_id: str | None, *, now: datetime) -> None:
     """The process has taken this job, or with None has ended the one it had. Belongs in that job's transaction."""
     _change(session, worker_id, seen_at=now, current_job_id=job_id)
+
+
+def done_with(session: Session, worker_id: str, job_id: str, *, now: datetime) -> None:
+    """The process has ended this job, and may have taken another one meanwhile. Belongs in the job's transaction."""
+    other = case((Worker.current_job_id != job_id, Worker.current_job_id), else_=None)
+    _change(session, worker_id, seen_at=now, current_job_id=other)
 
 
 def stopped(session: Session, worker_id: str, *, samples: Samples | None = None, now: datetime) -> None:

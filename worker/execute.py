@@ -7,6 +7,7 @@ lives by its lease: progress renews it, silence lets it pass, and who has lost i
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import os
 import re
 import shutil
@@ -15,12 +16,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, assert_never, cast
+from types import TracebackType
+from typing import Any, BinaryIO, Self, TypeVar, assert_never, cast
 
 import structlog
 from sqlalchemy import select
@@ -97,6 +100,10 @@ RETRY_RECORDING_SECONDS = (0.1, 2.0)
 
 # Shares of `fraction`: fetching and decoding come before the first tile, classifying and storing after the last.
 FRACTION_BEFORE, FRACTION_AFTER = 0.02, 0.95
+
+
+AFTER_NETWORK = ("encode", "store")
+"""Phases that an attempt does not need the network for any more."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +183,40 @@ def decide(error: BaseException, *, on_gpu: bool, priority: str) -> Outcome:
             return Retryable(error) if error.retryable else Fatal(error)
         case _:
             return Retryable(InternalError(f"Something unforeseen happened: {type(error).__name__}."))
+
+
+class Turn:
+    """An attempt's turn at the process's network: two are under way, and one of them is past it.
+
+    A context manager: at its end the turn is over in any case.
+    """
+
+    def __init__(self, network: threading.Lock) -> None:
+        self.is_over = threading.Event()
+        self._network = network
+        self._has_it = False
+
+    def begins(self, phase: str) -> None:
+        """Takes the network, or lets go of it, as the phase of the attempt says."""
+        if phase == "upscale" and not self._has_it:
+            # Taken once more by a result that has to be made again.
+            self._has_it = self._network.acquire()
+        elif phase in AFTER_NETWORK:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self._has_it:
+            self._has_it = False
+            self._network.release()
+        self.is_over.set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._let_go()
 
 
 class Lifeline:
@@ -408,7 +449,7 @@ LifelineT = TypeVar("LifelineT", bound=Lifeline)
 
 
 class Executor:
-    """Makes attempts, one at a time, in one image process."""
+    """Makes attempts in one image process: one at a time has the network, and one may be finished beside it."""
 
     def __init__(
         self,
@@ -435,7 +476,11 @@ class Executor:
         self._ahead = ahead
         self._traces = traces or Traces("", "images")
         self._stopping = threading.Event()
-        self._lifeline: Lifeline | None = None
+        # Of the attempt that has the network last, and before it of one that is being finished.
+        self._lifelines: list[Lifeline] = []
+        self._network = threading.Lock()
+        self._attempts = ThreadPoolExecutor(2, "attempt")
+        self._finishing: list[Future[Outcome]] = []
         self._is_drained = False
         self._interactive_in_a_row = 0
         self._usage = Usage(on_gpu=facts.device == "gpu")
@@ -502,7 +547,8 @@ class Executor:
         self._stopping.set()
 
     def stop(self) -> None:
-        """The process ends: says so, and lets go of its connections."""
+        """The process ends: finishes what is to be finished, says so, and lets go of its connections."""
+        self._attempts.shutdown()
         self.presence.stop()
         if self._decoder is not None:
             self._decoder.close()
@@ -520,6 +566,32 @@ class Executor:
         Raises nothing that is the job's fault. Where the database does not answer at the claim, nothing has happened,
         and the relay sends a message again.
         """
+        claimed = self._claimed(job_id, queue)
+        return None if claimed is None else self._attempted(*claimed, Turn(self._network))
+
+    def run_network(self, job_id: str, queue: str | None = None) -> None:
+        """As `run`, and returns as soon as the network is free for the next job: a thread encodes, stores and records.
+
+        One attempt at most is finished so while another one has the network. Where the caller is interrupted, the
+        attempt is asked to stop, and what interrupts it is raised when that has happened.
+        """
+        claimed = self._claimed(job_id, queue)
+        if claimed is None:
+            return
+        turn = Turn(self._network)
+        context = contextvars.copy_context()
+        attempt = self._attempts.submit(context.run, lambda: self._attempted(*claimed, turn))
+        attempt.add_done_callback(_log_unforeseen)
+        try:
+            turn.is_over.wait()
+            wait(self._finishing)
+        except BaseException:
+            self.ask_to_stop()
+            wait([attempt])
+            raise
+        self._finishing = [attempt]
+
+    def _claimed(self, job_id: str, queue: str | None) -> tuple[Claim, Job, datetime, str] | None:
         with structlog.contextvars.bound_contextvars(job_id=job_id):
             try:
                 claimed = self._claim(job_id, queue)
@@ -530,15 +602,14 @@ class Executor:
                 log.info("job.nothing_to_claim", drained=self._is_drained)
                 if self._is_drained:
                     self._wait_while_drained()
-                return None
-        return self._attempted(*claimed)
+            return claimed
 
-    def _attempted(self, claim: Claim, job: Job, now: datetime, device: str) -> Outcome:
-        with structlog.contextvars.bound_contextvars(job_id=job.id):
+    def _attempted(self, claim: Claim, job: Job, now: datetime, device: str, turn: Turn) -> Outcome:
+        with turn, structlog.contextvars.bound_contextvars(job_id=job.id):
             self._traces.begin("job.wait", job.traceparent, at=job.queued_at, job_id=job.id, queue=job.queue).end(now)
             span = self._traces.begin("job.attempt", job.traceparent, job_id=job.id, attempt=claim.attempt)
             with structlog.contextvars.bound_contextvars(attempt=claim.attempt, traceparent=span.traceparent):
-                outcome = self._attempt(claim, job, now, device, Phases(self._traces, span.traceparent))
+                outcome = self._attempt(claim, job, now, device, Phases(self._traces, span.traceparent), turn)
             span.end(outcome=type(outcome).__name__.lower(), device=device)
             return outcome
 
@@ -559,7 +630,7 @@ class Executor:
             # Where that fails, the relay sends another when this one has not come to anything for long.
             with contextlib.suppress(DatabaseUnavailable), self._database.transaction() as session:
                 shards.give_message_back(session, job_id)
-            return self._attempted(*waiting)
+            return self._attempted(*waiting, Turn(self._network))
         with structlog.contextvars.bound_contextvars(job_id=job_id):
             try:
                 claimed = self._claim_to_help(job_id)
@@ -573,8 +644,11 @@ class Executor:
                 return None
             claim, job, now, device = claimed
             span = self._traces.begin("job.shard", job.traceparent, job_id=job_id, shard=claim.position)
-            with structlog.contextvars.bound_contextvars(shard=claim.position, traceparent=span.traceparent):
-                outcome = self._help(claim, job, now, device, Phases(self._traces, span.traceparent))
+            with (
+                structlog.contextvars.bound_contextvars(shard=claim.position, traceparent=span.traceparent),
+                Turn(self._network) as turn,
+            ):
+                outcome = self._help(claim, job, now, device, Phases(self._traces, span.traceparent), turn)
             span.end(outcome=type(outcome).__name__.lower(), device=device)
             return outcome
 
@@ -653,28 +727,24 @@ class Executor:
                 if not workers.is_drained(session, self.presence.facts.id):
                     return
 
-    def _attempt(self, claim: Claim, job: Job, claimed_at: datetime, device: str, phases: Phases) -> Outcome:
+    def _attempt(
+        self, claim: Claim, job: Job, claimed_at: datetime, device: str, phases: Phases, turn: Turn
+    ) -> Outcome:
         queued_seconds = max(0.0, (claimed_at - job.queued_at).total_seconds())
         log.info("job.claimed", wait_seconds=round(queued_seconds, 3), device=device, worker=self.presence.facts.id)
         tallies.observe("enlarger_queue_wait_seconds", queued_seconds, queue=job.queue)
         started = time.monotonic()
         lifeline: Lifeline
         if sharding.may_share(job, self._engines[device], self._settings):
-            lifeline = shared = self._lifeline_of(SharedLifeline, claim, job, claimed_at, phases)
+            lifeline = shared = self._lifeline_of(SharedLifeline, claim, job, claimed_at, phases, turn)
             work = partial(self._work_together, claim, job, queued_seconds, device, shared)
         else:
-            lifeline = self._lifeline_of(Lifeline, claim, job, claimed_at, phases)
+            lifeline = self._lifeline_of(Lifeline, claim, job, claimed_at, phases, turn)
             work = partial(self._work, claim, job, queued_seconds, device, lifeline)
-        self._lifeline = lifeline
-        self.set_limit(_limit_seconds(job))
-        outcome = self._outcome_of(lambda: Succeeded(work()), job, device)
-        phases.begins("record")
-        try:
+        with self._watched(lifeline, _limit_seconds(job), phases):
+            outcome = self._outcome_of(lambda: Succeeded(work()), job, device)
+            phases.begins("record")
             self._record(claim, outcome, lifeline.trace)
-        finally:
-            self.set_limit(0)
-            self._lifeline = None
-            phases.end()
         _count(outcome, job.model)
         log.info(
             "job.attempt_ended",
@@ -684,20 +754,30 @@ class Executor:
         )
         return outcome
 
-    def _help(self, claim: ShardClaim, job: Job, claimed_at: datetime, device: str, phases: Phases) -> Outcome:
+    @contextmanager
+    def _watched(self, lifeline: Lifeline, limit_seconds: float, phases: Phases) -> Iterator[None]:
+        """While the block runs, the process counts as alive as long as the lease lasts, and is killed at its limit."""
+        self._lifelines.append(lifeline)
+        # Also of one that is still being finished: it has no more to do than the network has done for it.
+        self.set_limit(limit_seconds)
+        try:
+            yield
+        finally:
+            self._lifelines.remove(lifeline)
+            if not self._lifelines:
+                self.set_limit(0)
+            phases.end()
+
+    def _help(
+        self, claim: ShardClaim, job: Job, claimed_at: datetime, device: str, phases: Phases, turn: Turn
+    ) -> Outcome:
         log.info("shard.claimed", device=device, worker=self.presence.facts.id)
         started = time.monotonic()
-        lifeline = self._lifeline_of(HelpersLifeline, Claim(job.id, job.attempt), job, claimed_at, phases)
+        lifeline = self._lifeline_of(HelpersLifeline, Claim(job.id, job.attempt), job, claimed_at, phases, turn)
         lifeline.works_on(claim)
-        self._lifeline = lifeline
         # As for the whole job: a worker that is slower than the others may be making the last of it alone.
-        self.set_limit(_limit_seconds(job))
-        try:
+        with self._watched(lifeline, _limit_seconds(job), phases):
             outcome = self._outcome_of(lambda: self._make_shard(claim, job, device, lifeline), job, device)
-        finally:
-            self.set_limit(0)
-            self._lifeline = None
-            phases.end()
         self._give_shard_back(claim, outcome)
         seconds = round(time.monotonic() - started, 3)
         log.info("shard.ended", outcome=type(outcome).__name__.lower(), seconds=seconds)
@@ -735,8 +815,12 @@ class Executor:
             log.warning("shard.not_recorded", detail=error.detail)
 
     def _lifeline_of(
-        self, kind: type[LifelineT], claim: Claim, job: Job, claimed_at: datetime, phases: Phases
+        self, kind: type[LifelineT], claim: Claim, job: Job, claimed_at: datetime, phases: Phases, turn: Turn
     ) -> LifelineT:
+        def on_phase(phase: str) -> None:
+            turn.begins(phase)
+            phases.begins(phase)
+
         return kind(
             self._database,
             self._settings,
@@ -744,7 +828,7 @@ class Executor:
             deadline_in_seconds=None if job.deadline_at is None else (job.deadline_at - claimed_at).total_seconds(),
             is_stopping=self._stopping.is_set,
             memory=self._usage.memory,
-            on_phase=phases.begins,
+            on_phase=on_phase,
         )
 
     def _outcome_of(self, work: Callable[[], Outcome], job: Job, device: str) -> Outcome:
@@ -896,13 +980,13 @@ class Executor:
                 now = clock(session)
                 self._write(session, claim, outcome, now)
                 jobs.keep_trace(session, claim, trace)
-                workers.working_on(session, worker_id, None, now=now)
+                workers.done_with(session, worker_id, claim.job_id, now=now)
             return
         except StaleAttempt as error:
             log.info("job.superseded", detail=error.detail)
         with self._database.transaction() as session:
             now = clock(session)
-            workers.working_on(session, worker_id, None, now=now)
+            workers.done_with(session, worker_id, claim.job_id, now=now)
             if isinstance(outcome, Succeeded):
                 # Perhaps it came too late in another way: a job that is being canceled cannot succeed any more.
                 with contextlib.suppress(StaleAttempt):
@@ -938,8 +1022,7 @@ class Executor:
                 assert_never(outcome)
 
     def _is_alive(self) -> bool:
-        lifeline = self._lifeline
-        return lifeline is None or lifeline.is_alive
+        return all(lifeline.is_alive for lifeline in list(self._lifelines))
 
 
 def _limit_seconds(job: Job) -> float:
@@ -1027,6 +1110,12 @@ def _device_name(kind: str) -> str | None:
             if found := re.search(pattern, path.read_text()):
                 return found[1].strip()
     return None
+
+
+def _log_unforeseen(attempt: Future[Outcome]) -> None:
+    """Nobody asks for what an attempt has come to that is finished beside another."""
+    if error := attempt.exception():
+        log.error("job.attempt_unforeseen", error=f"{type(error).__name__}: {error}", exc_info=error)
 
 
 def _log_broken_off(error: BaseException, outcome: Outcome) -> None:

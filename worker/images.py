@@ -37,9 +37,10 @@ class ImagesLoader(ProcessLoader):
 
 @shared_task(name=RUN_JOB, bind=True)
 def run_job(self: Any, job_id: str) -> None:
-    """One attempt at the job whose turn it is; nothing where there is nothing to claim."""
+    """One attempt at the job whose turn it is, as far as it needs the network: what is left goes on beside the next.
+    Nothing where there is nothing to claim."""
     executor: Executor = self.app.loader.executor
-    executor.run(job_id, _queue_of(self.request))
+    executor.run_network(job_id, _queue_of(self.request))
     _end_where_asked(executor)
 
 

@@ -121,7 +121,7 @@ def test_a_process_whose_device_is_broken_ends_after_its_job(settings: Settings,
     ran = []
 
     class Executor:
-        def run(self, job_id: str, queue: str | None) -> None:
+        def run_network(self, job_id: str, queue: str | None) -> None:
             ran.append((RUN_JOB, job_id))
 
         def help(self, job_id: str, queue: str | None) -> None:

@@ -431,6 +431,107 @@ def test_a_job_that_finds_no_room_on_the_disk_waits_and_uses_up_no_attempt(
     assert bench.attempts(job_id) == ["released", "succeeded"]
 
 
+# --- two attempts, one network --------------------------------------------------------------------------------------
+
+
+def test_the_next_job_has_the_network_while_a_result_is_stored(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = bench.submit(), bench.submit()
+    at_work = threading.Event()
+    put = bench.storage.put
+    seen: list[tuple[str | None, JobState]] = []
+
+    def slow_put(key: str, *args: Any, **named: Any) -> None:
+        assert "/result-" not in key or key.startswith(bench.job(second).blob_prefix) or at_work.wait(30)
+        put(key, *args, **named)
+
+    def look(_: int) -> None:
+        if bench.job(second).state == JobState.RUNNING and not at_work.is_set():
+            seen.append((bench.current_job_id, bench.job(first).state))
+            at_work.set()
+
+    monkeypatch.setattr(bench.storage, "put", slow_put)
+    bench.before_call = look
+    bench.executor.run_network(first)
+    assert (bench.job(first).state, bench.job(first).phase) == (JobState.RUNNING, "upscale")
+    bench.executor.run_network(second)
+    assert seen == [(second, JobState.RUNNING)]
+    assert bench.job(first).state == JobState.SUCCEEDED, "one at most is finished beside another"
+    bench.executor.stop()
+    assert bench.job(second).state == JobState.SUCCEEDED, "a process that stops finishes what has left the network"
+    assert bench.job(first).result_sha256 == bench.job(second).result_sha256
+    assert bench.current_job_id is None
+    assert bench.executor._is_alive()
+
+
+def test_who_is_interrupted_while_the_network_runs_gives_the_job_back_first(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id, begun = bench.submit(), threading.Event()
+
+    class Interrupted(execute.Turn):
+        def __init__(self, network: threading.Lock) -> None:
+            super().__init__(network)
+            self.is_over.wait = self._wait  # type: ignore[method-assign]
+
+        def _wait(self, timeout: float | None = None) -> bool:
+            assert begun.wait(30)
+            raise SystemExit(1)
+
+    def wait_for_notice(_: int) -> None:
+        (lifeline,) = bench.executor._lifelines
+        lifeline._last = Progress(1, 6, 0, 2, 60.0)
+        begun.set()
+        wait_until(bench.executor._stopping.is_set, seconds=30, what="the notice")
+
+    monkeypatch.setattr(execute, "Turn", Interrupted)
+    monkeypatch.setattr(execute, "FINISH_RATHER_THAN_RELEASE_SECONDS", -1.0)
+    bench.before_call = wait_for_notice
+    with pytest.raises(SystemExit):
+        bench.executor.run_network(job_id)
+    assert (bench.job(job_id).state, bench.job(job_id).tries_used) == (JobState.QUEUED, 0)
+
+
+def test_an_attempt_that_ends_as_nobody_foresaw_is_logged_and_the_next_one_begins(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = bench.submit(), bench.submit()
+    record = bench.executor._record
+
+    def broken(*args: Any) -> None:
+        monkeypatch.setattr(bench.executor, "_record", record)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(bench.executor, "_record", broken)
+    with structlog.testing.capture_logs() as logged:
+        bench.executor.run_network(first)
+        bench.executor.run_network(second)
+        bench.executor.stop()
+    assert "ZeroDivisionError" in next(each["error"] for each in logged if each["event"] == "job.attempt_unforeseen")
+    assert bench.job(second).state == JobState.SUCCEEDED
+
+
+def test_a_result_that_is_made_again_waits_for_the_network_that_another_attempt_has() -> None:
+    network = threading.Lock()
+    first, second = execute.Turn(network), execute.Turn(network)
+    first.begins("decode")
+    first.begins("upscale")
+    assert not first.is_over.is_set()
+    first.begins("encode")
+    assert first.is_over.is_set()
+    second.begins("upscale")
+    again = threading.Thread(target=first.begins, args=("upscale",))
+    again.start()
+    again.join(0.05)
+    assert again.is_alive()
+    with second:
+        pass
+    again.join(30)
+    assert network.locked()
+    with first:
+        pass
+    assert not network.locked()
+
+
 # --- nothing to claim -----------------------------------------------------------------------------------------------
 
 
@@ -606,8 +707,7 @@ def test_a_deadline_that_passes_between_tiles_fails_the_job(bench: Bench) -> Non
     job_id = bench.submit(deadline_seconds=3600)
 
     def pass_deadline(_: int) -> None:
-        lifeline = bench.executor._lifeline
-        assert lifeline is not None
+        (lifeline,) = bench.executor._lifelines
         lifeline._deadline = 0.0
 
     bench.before_call = pass_deadline

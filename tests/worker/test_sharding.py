@@ -380,7 +380,8 @@ def test_a_worker_that_stops_gives_back_the_job_and_its_shard(bench: SharedBench
     job_id = bench.hand_in()
 
     def stop() -> None:
-        bench.executor._lifeline._first = None if bench.executor._lifeline is None else (-1000.0, 0)  # type: ignore[union-attr]
+        (lifeline,) = bench.executor._lifelines
+        lifeline._first = (-1000.0, 0)  # type: ignore[attr-defined]
         bench.executor.ask_to_stop()
 
     bench.at_call(8, stop)
@@ -586,7 +587,7 @@ def test_a_database_that_is_away_for_a_moment_ends_no_shared_attempt(
     real, failing = bench.executor._database.transaction, [True, True]
 
     def sometimes() -> Any:
-        if failing and bench.executor._lifeline is not None and bench.networks["cpu"].calls == 6:
+        if failing and bench.executor._lifelines and bench.networks["cpu"].calls == 6:
             failing.pop()
             raise DatabaseUnavailable("away for a moment")
         return real()

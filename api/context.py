@@ -59,6 +59,7 @@ class Context:
 
     def warm_up(self) -> None:
         """Loads what the first request would have to wait for; connects to nothing."""
+        self.storage.warm_up()
         self.limits.warm_up()
         self.broker.warm_up()
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache, partial
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import quote, urlsplit
 
@@ -26,6 +26,8 @@ from shared.telemetry import tallies
 
 if TYPE_CHECKING:
     import boto3
+    from boto3.s3.transfer import TransferConfig
+    from urllib3 import PoolManager
 
 # Below this one PUT; above, a multipart upload whose parts go up while the next is read.
 MULTIPART_BYTES = 16 * 1024 * 1024
@@ -56,20 +58,39 @@ class Storage:
 
     def __init__(self, settings: Settings, *, silence_seconds: float | None = None, tries: int = 3) -> None:
         """`silence_seconds` (None: the setting) ends a try, and `tries` are made: how long a caller can be held."""
-        # Not at the top, here and below: what names a Storage and makes none is spared a tenth of a second.
-        from boto3.s3.transfer import TransferConfig
-        from botocore.config import Config
-        from botocore.utils import get_environ_proxies
-        from urllib3 import PoolManager, Timeout
-
-        silence_seconds = silence_seconds or settings.storage_timeout_seconds
-        connect_seconds = min(3.0, silence_seconds)
         self.bucket = settings.storage_bucket
-        self._link_seconds = settings.presigned_link_seconds
+        self._settings, self._tries = settings, tries
+        self._silence_seconds = silence_seconds or settings.storage_timeout_seconds
+        self._connect_seconds = min(3.0, self._silence_seconds)
+
+    def warm_up(self) -> None:
+        """Loads what the first request would, a third of a second's work; connects to nothing."""
+        _ = self._client, self._signer, self._quick, self._transfer
+
+    @cached_property
+    def _client(self) -> Any:
+        client = self._made(self._settings.storage_endpoint_url)
+        events = client.meta.events
+        events.register("before-call.s3", _request_begins)
+        events.register("after-call.s3", _request_ends)
+        return client
+
+    @cached_property
+    def _signer(self) -> Any:
+        """Signatures cover the host, so links are signed by a client that believes in the address clients use."""
+        settings = self._settings
+        public_url = settings.storage_public_url or settings.storage_endpoint_url
+        return self._client if public_url == settings.storage_endpoint_url else self._made(public_url)
+
+    def _made(self, endpoint_url: str) -> Any:
+        # Not at the top, here and below: a process that starts need not wait for it.
+        from botocore.config import Config
+
+        settings = self._settings
         config = Config(
-            connect_timeout=connect_seconds,
-            read_timeout=silence_seconds,
-            retries={"mode": "standard", "total_max_attempts": tries},
+            connect_timeout=self._connect_seconds,
+            read_timeout=self._silence_seconds,
+            retries={"mode": "standard", "total_max_attempts": self._tries},
             max_pool_connections=POOLED_CONNECTIONS,
             # boto3's own is put together anew for each request, which takes longer than to sign it.
             user_agent="enlarger",
@@ -80,32 +101,38 @@ class Storage:
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
             # A proxy for the world outside knows nothing of this machine; None is what the environment says.
-            proxies={} if urlsplit(settings.storage_endpoint_url).hostname in _THIS_MACHINE else None,
+            proxies={} if self._is_here else None,
         )
-
-        client = partial(
-            _sdk().client,
+        return _sdk().client(
             "s3",
             aws_access_key_id=settings.storage_access_key or None,
             aws_secret_access_key=settings.storage_secret_key or None,
             region_name=settings.storage_region,
             config=config,
+            endpoint_url=endpoint_url or None,
         )
-        self._client = client(endpoint_url=settings.storage_endpoint_url or None)
-        events = self._client.meta.events
-        events.register("before-call.s3", _request_begins)
-        events.register("after-call.s3", _request_ends)
-        public_url = settings.storage_public_url or settings.storage_endpoint_url
-        # Signatures cover the host, so links are signed by a client that believes in the address clients use.
-        self._signer = self._client if public_url == settings.storage_endpoint_url else client(endpoint_url=public_url)
-        self._quick = None
-        # A plain server close by. Certificates and proxies are boto3's affair.
-        if settings.storage_endpoint_url.startswith("http://") and not get_environ_proxies(
-            settings.storage_endpoint_url
-        ):
-            timeout = Timeout(connect=connect_seconds, read=silence_seconds)
-            self._quick = PoolManager(maxsize=POOLED_CONNECTIONS, timeout=timeout, retries=False)
-        self._transfer = TransferConfig(
+
+    @property
+    def _is_here(self) -> bool:
+        return urlsplit(self._settings.storage_endpoint_url).hostname in _THIS_MACHINE
+
+    @cached_property
+    def _quick(self) -> PoolManager | None:
+        """For a plain server close by; certificates and proxies are boto3's affair."""
+        from botocore.utils import get_environ_proxies
+        from urllib3 import PoolManager, Timeout
+
+        url = self._settings.storage_endpoint_url
+        if not url.startswith("http://") or (not self._is_here and get_environ_proxies(url)):
+            return None
+        timeout = Timeout(connect=self._connect_seconds, read=self._silence_seconds)
+        return PoolManager(maxsize=POOLED_CONNECTIONS, timeout=timeout, retries=False)
+
+    @cached_property
+    def _transfer(self) -> TransferConfig:
+        from boto3.s3.transfer import TransferConfig
+
+        return TransferConfig(
             multipart_threshold=MULTIPART_BYTES, multipart_chunksize=MULTIPART_BYTES, max_concurrency=2
         )
 
@@ -310,7 +337,7 @@ class Storage:
                     "ResponseContentDisposition": content_disposition(disposition, file_name),
                     "ResponseContentType": content_type,
                 },
-                ExpiresIn=self._link_seconds,
+                ExpiresIn=self._settings.presigned_link_seconds,
             )
         )
 
@@ -323,10 +350,11 @@ class Storage:
         )
 
     def close(self) -> None:
-        self._client.close()
-        self._signer.close()
-        if self._quick is not None:
-            self._quick.clear()
+        for name in ("_client", "_signer"):
+            if name in self.__dict__:
+                getattr(self, name).close()
+        if (quick := self.__dict__.get("_quick")) is not None:
+            quick.clear()
 
 
 class Upload:

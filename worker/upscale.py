@@ -21,7 +21,7 @@ from PIL import Image
 
 from shared.errors import BadOutput, DeviceBroken, ModelUnavailable, OutOfMemory
 from shared.telemetry import tallies
-from worker.networks import Network, strip_columns
+from worker.networks import Network
 from worker.tiling import SMALLEST_TILE_PX, Band, Plan, Region, Tile, choose_plan, plan, plan_strips, smaller
 
 OnTile = Callable[[int, int], None]
@@ -37,7 +37,7 @@ TILE_MEMORY_BYTES = 1_000_000_000
 STRIPS_BAND_PX = 32_768
 """Input px of a band where the network runs in strips: what is told, shown and encoded at once, some tenths of a second
 of work."""
-STRIPS_MEMORY = 2
+STRIPS_MEMORY = 1.2
 """Strips may hold so many times what a tile may: they keep rows of every layer, and are worth it."""
 FED_ROWS = 16
 """Rows of the picture handed to such a network at once: it takes what it needs."""
@@ -180,7 +180,7 @@ def _plan_pass(network: Network, width: int, height: int, tile_px: int, memory_b
     if tile_px:
         return plan(width, height, halo_px=network.halo_px, tile_px=tile_px)
     if network.runtime == "ncnn" and network.strips_bytes(width) <= STRIPS_MEMORY * memory_bytes:
-        return plan_strips(width, height, band_px=STRIPS_BAND_PX, columns=strip_columns(width, network.halo_px))
+        return plan_strips(width, height, band_px=STRIPS_BAND_PX, columns=network.columns(width))
     by_memory = (memory_bytes - network.fixed_bytes) // network.bytes_per_px
     # However slow the device was when it was measured, a tile is not cut so small that it is nearly all halo: at a busy
     # moment a 256 px picture once became 56 tiles and twelve times the work.

@@ -34,6 +34,15 @@ LEAST_KEPT_PX = 96
 """Side of what a tile keeps, below which time is no reason to cut it smaller."""
 TILE_MEMORY_BYTES = 1_000_000_000
 
+LEAST_HALOS = 20
+"""A tile or band so many halos wide or high is large enough: less than a tenth of it is computed twice, and what is
+saved beyond that is not worth its memory."""
+ENOUGH_TILE_PX = 512
+"""Side that a tile may have however small its halo: calls of fewer px cost more than they do."""
+BAND_RESULT_BYTES = 32 * 2**20
+"""A band's result in 8 bits may take so much however high its halo would have it. It is held up to three times: while
+it is made, while it waits and while it is encoded."""
+
 STRIPS_BAND_PX = 32_768
 """Input px of a band where the network runs in strips: what is told, shown and encoded at once, some tenths of a second
 of work."""
@@ -189,14 +198,18 @@ def _plan_pass(network: Network, width: int, height: int, tile_px: int, memory_b
     # the speed was measured at a busy moment; twice as long is still half a lease.
     if width * height <= 2 * by_time:
         by_time = width * height
-    # A band is held as float32 RGB at the network's scale.
-    bytes_per_band_px = 3 * 4 * network.scale**2
+    enough_px = LEAST_HALOS * network.halo_px
+    by_halo = (max(ENOUGH_TILE_PX, enough_px) + 2 * network.halo_px) ** 2
+    # A band is held as RGB at the network's scale, for gray pictures as float32.
+    values_per_px = 3 * network.scale**2
     return choose_plan(
         width,
         height,
         halo_px=network.halo_px,
-        most_read_px=max(1, min(by_memory, by_time)),
-        most_band_px=memory_bytes // bytes_per_band_px,
+        most_read_px=max(1, min(by_memory, by_time, by_halo)),
+        most_band_px=min(
+            memory_bytes // (4 * values_per_px), max(BAND_RESULT_BYTES // values_per_px, width * enough_px)
+        ),
     )
 
 

@@ -148,9 +148,10 @@ class Graph:
 
     def _together(self, *blobs: Blob) -> tuple[Blob, ...]:
         latest = max(blob.delay for blob in blobs)
-        return tuple(blob if blob.delay == latest else self._late(blob, latest - blob.delay) for blob in blobs)
+        return tuple(blob if blob.delay == latest else self.late(blob, latest - blob.delay) for blob in blobs)
 
-    def _late(self, x: Blob, by: int) -> Blob:
+    def late(self, x: Blob, by: int) -> Blob:
+        """The same rows, `by` rows later: to be kept in place of what is made of them, where that has more channels."""
         for layer in self.layers:
             if isinstance(layer, _Late) and layer.inputs == (x,) and layer.by == by:
                 return layer.output

@@ -378,19 +378,31 @@ def _strips_of(
     """(strip, whether it is the last): the first of `first` rows, then `rows` each; the last of 1 to `last` unless it
     is the first too."""
     held: list[NDArray[np.float32]] = []
-    wanted = first
+
+    def taken(count: int) -> NDArray[np.float32]:
+        """So many rows, copied: of what was handed in nothing is held that has gone on."""
+        parts = []
+        while count:
+            parts.append(held[0][:, :count])
+            count -= parts[-1].shape[1]
+            held[0] = held[0][:, parts[-1].shape[1] :]
+            if not held[0].shape[1]:
+                del held[0]
+        return np.concatenate(parts, axis=1)
+
+    ready, wanted = 0, first
     for piece in pieces:
         held.append(piece)
-        while sum(each.shape[1] for each in held) > wanted:
-            whole = np.concatenate(held, axis=1)
-            yield whole[:, :wanted], False
-            held, wanted = [whole[:, wanted:]], rows
-    whole = np.concatenate(held, axis=1)
-    before = whole.shape[1] - last
-    if wanted == rows and before > 0:
-        yield whole[:, :before], False
-        whole = whole[:, before:]
-    yield whole, True
+        ready += piece.shape[1]
+        del piece
+        while ready > wanted:
+            ready -= wanted
+            yield taken(wanted), False
+            wanted = rows
+    if wanted == rows and ready > last:
+        yield taken(ready - last), False
+        ready = last
+    yield taken(ready), True
 
 
 class _Step:

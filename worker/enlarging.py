@@ -376,8 +376,7 @@ class Making:
         # With a clock of its own: another part's seconds are not this one's.
         clock = _Stopwatch()
         part = replace(self, work=replace(self.work, plans=(plan,)), clock=clock)
-        for onlooker in self.onlookers:
-            onlooker.begins(self.picture.rgb, self.width, self.height, rows=range(first.y * scale, last.bottom * scale))
+        self.begin(rows=range(first.y * scale, last.bottom * scale))
         repairs = Repairs()
         comparison = Comparison(self.picture.rgb, scale, part.work.plans, first_row=first.y)
         with (
@@ -394,10 +393,12 @@ class Making:
         clock.add("compare", behind.compare_seconds)
         return MadePart(target.stat().st_size, facts, comparison.sums(), repairs, clock.timings)
 
-    def begin(self) -> None:
-        """Shows the picture to the onlookers, before the first of its parts."""
+    def begin(self, rows: range | None = None) -> None:
+        """Shows the picture to the onlookers, before the first of its parts or before these rows of its result."""
         for onlooker in self.onlookers:
-            onlooker.begins(self.picture.rgb, self.width, self.height)
+            onlooker.begins(self.picture.rgb, self.width, self.height, rows=rows)
+        # They have looked at all of it.
+        self.picture.rest(0, self.picture.height)
 
     def labels(self) -> tuple[Label, ...] | None:
         """What the picture shows; None where that was not asked for."""
@@ -414,8 +415,7 @@ class Making:
         repairs = Repairs()
         if self.onlookers:
             with clock.time("preview"):
-                for onlooker in self.onlookers:
-                    onlooker.begins(picture.rgb, width, height)
+                self.begin()
         comparison = Comparison(picture.rgb, self.wanted.scale, self.work.plans)
         encoded_at_once_px = width * height if self.format.name in ("webp", "avif") else 0
         with self._encoder(target) as encoder, _Behind(encoder, comparison, picture, self.onlookers) as behind:

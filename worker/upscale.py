@@ -21,7 +21,7 @@ from PIL import Image
 
 from shared.errors import BadOutput, DeviceBroken, ModelUnavailable, OutOfMemory
 from shared.telemetry import tallies
-from worker.networks import Network, strip_columns
+from worker.networks import Network
 from worker.tiling import SMALLEST_TILE_PX, Band, Plan, Region, Tile, choose_plan, plan, plan_strips, smaller
 
 OnTile = Callable[[int, int], None]
@@ -34,10 +34,19 @@ LEAST_KEPT_PX = 96
 """Side of what a tile keeps, below which time is no reason to cut it smaller."""
 TILE_MEMORY_BYTES = 1_000_000_000
 
+LEAST_HALOS = 20
+"""A tile or band so many halos wide or high is large enough: less than a tenth of it is computed twice, and what is
+saved beyond that is not worth its memory."""
+ENOUGH_TILE_PX = 512
+"""Side that a tile may have however small its halo: calls of fewer px cost more than they do."""
+BAND_RESULT_BYTES = 32 * 2**20
+"""A band's result in 8 bits may take so much however high its halo would have it. It is held up to three times: while
+it is made, while it waits and while it is encoded."""
+
 STRIPS_BAND_PX = 32_768
 """Input px of a band where the network runs in strips: what is told, shown and encoded at once, some tenths of a second
 of work."""
-STRIPS_MEMORY = 2
+STRIPS_MEMORY = 1.2
 """Strips may hold so many times what a tile may: they keep rows of every layer, and are worth it."""
 FED_ROWS = 16
 """Rows of the picture handed to such a network at once: it takes what it needs."""
@@ -180,7 +189,7 @@ def _plan_pass(network: Network, width: int, height: int, tile_px: int, memory_b
     if tile_px:
         return plan(width, height, halo_px=network.halo_px, tile_px=tile_px)
     if network.runtime == "ncnn" and network.strips_bytes(width) <= STRIPS_MEMORY * memory_bytes:
-        return plan_strips(width, height, band_px=STRIPS_BAND_PX, columns=strip_columns(width, network.halo_px))
+        return plan_strips(width, height, band_px=STRIPS_BAND_PX, columns=network.columns(width))
     by_memory = (memory_bytes - network.fixed_bytes) // network.bytes_per_px
     # However slow the device was when it was measured, a tile is not cut so small that it is nearly all halo: at a busy
     # moment a 256 px picture once became 56 tiles and twelve times the work.
@@ -189,14 +198,18 @@ def _plan_pass(network: Network, width: int, height: int, tile_px: int, memory_b
     # the speed was measured at a busy moment; twice as long is still half a lease.
     if width * height <= 2 * by_time:
         by_time = width * height
-    # A band is held as float32 RGB at the network's scale.
-    bytes_per_band_px = 3 * 4 * network.scale**2
+    enough_px = LEAST_HALOS * network.halo_px
+    by_halo = (max(ENOUGH_TILE_PX, enough_px) + 2 * network.halo_px) ** 2
+    # A band is held as RGB at the network's scale, for gray pictures as float32.
+    values_per_px = 3 * network.scale**2
     return choose_plan(
         width,
         height,
         halo_px=network.halo_px,
-        most_read_px=max(1, min(by_memory, by_time)),
-        most_band_px=memory_bytes // bytes_per_band_px,
+        most_read_px=max(1, min(by_memory, by_time, by_halo)),
+        most_band_px=min(
+            memory_bytes // (4 * values_per_px), max(BAND_RESULT_BYTES // values_per_px, width * enough_px)
+        ),
     )
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, cast
@@ -205,7 +206,7 @@ def test_a_shard_in_strips_is_what_it_is_in_the_whole_to_one_level(
     network = network_of(module)
     height = network.reach_px + 90
     image = picture(height, width)
-    spans = networks.strip_columns(width, network.halo_px)
+    spans = network.columns(width)
     whole_plan = plan_strips(width, height, band_px=width * 10, columns=spans)
     work = replace(plan_work(network, width, height, network.scale), plans=(whole_plan,))
     whole = np.concatenate([rows.pixels for rows in enlarge(network, image, network.scale, work=work)]).astype(int)
@@ -235,9 +236,40 @@ def test_what_watches_can_stop_within_a_strip() -> None:
 
 def test_a_picture_too_wide_for_the_memory_is_cut_into_tiles() -> None:
     network = network_of(srresnet())
-    enough = -(-network.strips_bytes(3000) // upscale.STRIPS_MEMORY)
+    enough = math.ceil(network.strips_bytes(3000) / upscale.STRIPS_MEMORY)
     assert plan_work(network, 3000, 200, 4, memory_bytes=enough).plans[0].in_strips
     assert not plan_work(network, 3000, 200, 4, memory_bytes=enough - 1).plans[0].in_strips
+
+
+@pytest.mark.parametrize("module", [srresnet(), Compact(4), Rrdb(1)], ids=["srresnet", "compact", "rrdb"])
+@pytest.mark.parametrize("columns", [400, 200], ids=["one-part", "two-parts"])
+def test_memory_in_strips_is_as_estimated(monkeypatch: pytest.MonkeyPatch, module: Architecture, columns: int) -> None:
+    monkeypatch.setattr(networks, "STRIP_COLUMNS", columns)
+    monkeypatch.setattr(networks, "STRIP_PX", 12 * columns)
+    monkeypatch.setattr(networks, "LATER_STRIP_PX", 3 * columns)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    network, width, height = network_of(module), 400, 60
+    (pool,) = {each.pool for each in network._ready_strips()}
+    for _ in network.rows(pieces(picture(height, width), 16)):
+        pass
+    estimated = network.strips_bytes(width)
+    assert estimated / 1.5 < pool.most_held_bytes < estimated * 1.5, (
+        f"{pool.most_held_bytes / 1e6:.1f} MB, estimated {estimated / 1e6:.1f}"
+    )
+
+
+def test_the_parts_of_a_very_wide_picture_are_narrower_but_waste_little() -> None:
+    network = network_of(srresnet())
+    two_parts = network.strips_bytes(2 * networks.STRIP_COLUMNS)
+    for width in (5_657, 8_000, 16_375, 30_000):
+        spans = network.columns(width)
+        assert sum(read.stop - read.start for _, read in spans) <= 1.10 * width
+        plan = plan_work(network, width, 1_000, 4).plans[0]
+        assert plan.in_strips
+        assert plan.waste <= 1.10
+    # Of 12 and of 48 megapixels.
+    assert network.strips_bytes(8_000) <= 1.2 * network.strips_bytes(4_000)
+    assert network.strips_bytes(5_657) <= 1.05 * two_parts
 
 
 @pytest.mark.parametrize(("answer", "counted"), [(float("nan"), (1, 0)), (0.5, (0, 1))])
@@ -257,10 +289,10 @@ def test_an_answer_that_cannot_be_right_is_refused(
 
 
 def test_bands_of_a_plan_in_strips_are_about_as_large_as_asked() -> None:
-    made = plan_strips(100, 1000, band_px=5_000, columns=networks.strip_columns(100, 9))
+    made = plan_strips(100, 1000, band_px=5_000, columns=networks.strip_columns(100, 1, 9))
     assert [band.region.height for band in made.bands] == [50] * 20
     assert (made.halo_px, made.tile_px, made.waste) == (0, 100, 1.0)
-    wide = plan_strips(8000, 3, band_px=5_000, columns=networks.strip_columns(8000, 40))
+    wide = plan_strips(8000, 3, band_px=5_000, columns=networks.strip_columns(8000, 4, 40))
     assert [band.region.height for band in wide.bands] == [1, 1, 1]
     assert [(tile.keep.width, tile.read.width) for tile in wide.bands[0].tiles] == [
         (2000, 2040),

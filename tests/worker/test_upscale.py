@@ -1,8 +1,13 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -685,6 +690,49 @@ def test_no_tile_takes_longer_than_a_lease_can_wait_or_more_than_its_memory(
     assert max(band.region.area_px for band in planned.plans[0].bands) * 16 * 12 <= max(
         memory_bytes, width * 16 * 16 * 12
     )
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel tells of no peak")
+def test_what_a_tile_takes_is_estimated_within_half_of_it() -> None:
+    """Every network of the catalogue; those of one architecture and size once."""
+    tiles = [
+        ("srgan", 4, 100),
+        # As of the other networks of its kind: their blocks come one after another.
+        ("real-esrgan-anime", 4, 64),
+        ("real-esrgan-video", 4, 160),
+        *((name, scale, 128) for name in ("fsrcnn", "srcnn") for scale in (2, 4)),
+        *(("lanczos", scale, 600 // scale) for scale in (1, 2, 4, 16)),
+        ("bicubic", 4, 150),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.worker.tile_memory"],
+        input=json.dumps(tiles),
+        # What is freed goes back at once and is no part of the next peak.
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    told = [
+        f"{name} x{scale}, {side} px: {taken / 1e6:.1f} MB, estimated {estimated / 1e6:.1f}"
+        for (name, scale, side), (taken, estimated) in zip(tiles, json.loads(done.stdout), strict=True)
+        if not taken / 1.5 <= estimated <= taken * 1.5
+    ]
+    assert not told, told
+
+
+def test_bands_and_tiles_are_no_larger_than_pays() -> None:
+    network = load(card("lanczos"), "cpu")
+    for width, height in ((4_000, 3_000), (8_000, 6_000)):
+        work = plan_work(network, width, height, 4)
+        assert work.waste < 1.1
+        tiles = [tile.read.area_px for band in work.plans[0].bands for tile in band.tiles]
+        assert max(tiles) * network.bytes_per_px < 300_000_000
+        assert (
+            max(band.region.area_px for band in work.plans[0].bands) * 3 * 16 < 1.1 * upscale_module.BAND_RESULT_BYTES
+        )
 
 
 def test_waste_counts_the_halo_for_the_body_and_less_for_the_tail(srgan_of_known_speed: Network) -> None:

@@ -21,6 +21,7 @@ from shared.catalog import ModelCard, OwnFile
 from shared.errors import ModelUnavailable
 from worker.networks import compact, own, resampling, rrdb, srresnet, strips, trained
 from worker.networks.architecture import Architecture, Keep, nothing
+from worker.networks.pool import Pool
 from worker.networks.strips import Strips
 from worker.networks.weights import read_verified
 
@@ -44,7 +45,12 @@ STRIP_PX = 24_576
 """Input px of a strip, about: in fewer, threads wait for each other; more do not fit in the processor's cache."""
 STRIP_COLUMNS = 2048
 """Columns of a strip at most. A wider picture is cut into parts with halos between them, lest the memory of a strip
-grow with the width: a twenty-fifth more work for a halo of 40 px."""
+grow with the width: a twenty-fifth more work for a halo of 40 px. Very wide ones are cut narrower (`Network.columns`).
+"""
+LATER_STRIP_PX = STRIP_PX // 4
+"""Of the graphs behind the first, which work on more values for each px of the input."""
+POOL_KEPT_BYTES = 100_000_000
+"""Memory that is kept for the next picture: enough for small ones, of which fresh pages would be a part of the work."""
 WINOGRAD_ROWS = 6
 """Rows that Winograd's method makes at once; a strip of other heights computes some for nothing."""
 
@@ -129,15 +135,29 @@ class Network:
 
     def strips_bytes(self, width: int) -> int:
         """Memory that `rows` takes for a picture so wide, its result not counted."""
-        spans = strip_columns(width, self.halo_px)
-        columns = spans[0][1].stop
-        total = 0
-        for each in self._ready_strips():
-            # Of the strip before and of this one, in pieces of memory up to twice as large (`Strips.pool`).
-            total += 4 * sum(read.stop - read.start for _, read in spans) * each.kept_bytes_per_column
-            # The first and the last strip are the highest, and there many layers work on as many rows.
-            total += columns * max(each.first_rows, self._strip_rows(each, columns)) * each.bytes_per_px
-        return total
+        return self._strips_bytes(self.columns(width))
+
+    def _strips_bytes(self, spans: list[tuple[slice, slice]]) -> int:
+        read: list[int] = [span.stop - span.start for _, span in spans]
+        kept = sum(each.kept_bytes_per_column for each in self._ready_strips())
+        # One part computes at a time, and of it one graph.
+        computing = max(each.bytes_per_column(self._strip_rows(each, max(read))) for each in self._ready_strips())
+        return sum(read) * kept + max(read) * computing
+
+    def columns(self, width: int) -> list[tuple[slice, slice]]:
+        """The columns whose result each part of a picture so wide keeps, and those that it reads.
+
+        The fewest parts with which a picture takes no more memory than one of two parts does, or else those that take
+        least; but none so narrow that halos are more than a tenth of the work. What is kept from strip to strip grows
+        with the width, and narrower parts make up for it while they can.
+        """
+        fewest = math.ceil(width / STRIP_COLUMNS)
+        most = max(fewest, width // max(1, 20 * self.halo_px))
+        if fewest <= 2:
+            return strip_columns(width, fewest, self.halo_px)
+        enough = self._strips_bytes(strip_columns(2 * STRIP_COLUMNS, 2, self.halo_px))
+        cuts = [strip_columns(width, count, self.halo_px) for count in range(fewest, most + 1)]
+        return next((cut for cut in cuts if self._strips_bytes(cut) <= enough), min(cuts, key=self._strips_bytes))
 
     def rows(self, pieces: Iterable[NDArray[np.float32]]) -> Iterator[Tensor]:
         """A whole picture from its top down, in strips over its whole width: every row of every layer is computed once.
@@ -147,7 +167,7 @@ class Network:
         """
         pieces = iter(pieces)
         first = next(pieces)
-        spans = strip_columns(first.shape[2], self.halo_px)
+        spans = self.columns(first.shape[2])
         pieces = itertools.chain([first], pieces)
         parts = [
             self._part(_columns(copy, read), spans[0][1].stop - spans[0][1].start)
@@ -156,8 +176,13 @@ class Network:
         kept = [
             slice((keep.start - read.start) * self.scale, (keep.stop - read.start) * self.scale) for keep, read in spans
         ]
-        for made in zip(*parts, strict=True):
-            yield torch.cat([part[:, :, columns] for part, columns in zip(made, kept, strict=True)], dim=2)
+        try:
+            for made in zip(*parts, strict=True):
+                yield torch.cat([part[:, :, columns] for part, columns in zip(made, kept, strict=True)], dim=2)
+        finally:
+            for each in self._ready_strips():
+                if each.pool.held_bytes > POOL_KEPT_BYTES:
+                    each.pool.clear()
 
     def _part(self, pieces: Iterable[NDArray[np.float32]], width: int) -> Iterator[Tensor]:
         """What the strips and `Architecture.finish` make of some columns, about `width` of them."""
@@ -176,14 +201,18 @@ class Network:
     def _ready_strips(self) -> tuple[Strips, ...]:
         threads = torch.get_num_threads()
         if self._strips_threads != threads:
-            self._strips = tuple(Strips(graph, output, threads=threads) for graph, output in self.module.draw())
+            # One for all: only one of them computes at a time.
+            pool = Pool()
+            self._strips = tuple(
+                Strips(graph, output, threads=threads, pool=pool) for graph, output in self.module.draw()
+            )
             self._strips_threads = threads
         return self._strips
 
     def _strip_rows(self, each: Strips, width: int) -> int:
         # So many that on the output's grid, where most of the work is, they are a multiple of what is made at once.
         step = WINOGRAD_ROWS // math.gcd(WINOGRAD_ROWS, each.output.grid)
-        px = STRIP_PX if each is self._strips[0] else STRIP_PX // 2
+        px = STRIP_PX if each is self._strips[0] else LATER_STRIP_PX
         return max(step, px // width // step * step)
 
     def __call__(self, tile: Tensor, *, keep: Keep | None = None, half: bool = False) -> Tensor:
@@ -250,9 +279,8 @@ class Network:
         return self._half_module
 
 
-def strip_columns(width: int, halo_px: int) -> list[tuple[slice, slice]]:
-    """The columns whose result each part of a picture so wide keeps, and those that it reads."""
-    count = math.ceil(width / STRIP_COLUMNS)
+def strip_columns(width: int, count: int, halo_px: int) -> list[tuple[slice, slice]]:
+    """`count` parts of a picture so wide: the columns whose result each keeps, and those that it reads."""
     edges = [index * width // count for index in range(count + 1)]
     return [
         (slice(left, right), slice(max(0, left - halo_px), min(width, right + halo_px)))

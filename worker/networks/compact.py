@@ -29,8 +29,8 @@ class Compact(Architecture):
             # One px a convolution. The step down reads two px beyond its own, of which four are one of the input.
             reach_px=layers + (scale != MADE),
             body_multiply_adds=9 * (3 * CHANNELS + INNER * CHANNELS**2 + CHANNELS * 3 * MADE**2),
-            # Before and after a PReLU; or the network's own enlargement, what is added, their sum, and the result.
-            bytes_per_px=4 * max(3 * CHANNELS, CHANNELS + 4 * 3 * MADE**2),
+            # Before and after a PReLU; or the network's own enlargement, what is added, and their sum.
+            bytes_per_px=4 * max(2 * CHANNELS, 3 * 3 * MADE**2),
         )
         self.layers = nn.Sequential()
         for index in range(layers):

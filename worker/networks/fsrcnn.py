@@ -30,8 +30,8 @@ class Fsrcnn(LumaNetwork):
             scale=scale,
             reach_px=2 + MAPPINGS + taps.shape[1] // 2,
             multiply_adds=FEATURES * (25 + 2 * SHRUNK + DECONVOLUTION_PX**2) + MAPPINGS * 9 * SHRUNK**2,
-            # One layer of features before and after its PReLU; the result before and after the shuffle.
-            bytes_per_px=4 * (2 * FEATURES + 2 * scale**2),
+            # One layer of features before and after its PReLU.
+            bytes_per_px=4 * 2 * FEATURES,
         )
         self.features = nn.Conv2d(1, FEATURES, 5)
         self.features_slope = nn.PReLU(FEATURES)

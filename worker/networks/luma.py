@@ -27,8 +27,8 @@ class LumaNetwork(Architecture):
             scale=scale,
             reach_px=reach_px,
             body_multiply_adds=multiply_adds + 3 * 25 * scale**2,
-            # The network's own, and bicubic colours, their luma and the result.
-            bytes_per_px=bytes_per_px + 4 * 12 * scale**2,
+            # The network's own and luma; or, when it is done, bicubic colours, luma twice and the result.
+            bytes_per_px=max(bytes_per_px, 4 * 8 * scale**2) + 4 * 16,
         )
         self.register_buffer("bicubic_weight", bicubic_kernels(scale), persistent=False)
         self.register_buffer("luma_weight", torch.tensor(LUMA).view(1, 3, 1, 1), persistent=False)

@@ -31,8 +31,9 @@ class Resampling(Architecture):
             reach_px=radius,
             # Down over the input, then across over rows that are `scale` times as many.
             body_multiply_adds=3 * taps * (scale + scale**2),
-            # The input, the rows before and after their phases are put in order, and the result twice likewise.
-            bytes_per_px=4 * 3 * (1 + 2 * scale + 3 * scale**2),
+            # Across over rows that are `scale` times as many: those, their phases, of which oneDNN makes 16 at least,
+            # and the result.
+            bytes_per_px=4 * 3 * (4 + 17 * scale + scale**2),
         )
         centres = [(phase + 0.5) / scale - 0.5 for phase in range(scale)]
         rows = [[kernel(centre - offset) for offset in range(-radius, radius + 1)] for centre in centres]

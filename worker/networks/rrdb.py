@@ -69,10 +69,10 @@ class Rrdb(Architecture):
             body_multiply_adds=9 * (3 * CHANNELS + 3 * blocks * (dense + (CHANNELS + 4 * GROWTH) * CHANNELS) + square),
             tail_multiply_adds=9 * ((4 + 16 + 16) * square + 16 * CHANNELS * 3),
             tail_reach_px=TAIL_REACH_PX,
-            # In a dense block's last convolution: what it reads, the same in parts, its answer, skips; the result.
-            bytes_per_px=4 * (2 * (CHANNELS + 4 * GROWTH) + 4 * CHANNELS + 3 * 16),
-            # One strip of the tail at four times the size, before and after a convolution.
-            fixed_bytes=4 * 2 * 16 * CHANNELS * STRIP_PX,
+            # In a dense block's last convolution: what it reads, the same in parts, its answer, skips.
+            bytes_per_px=4 * (2 * (CHANNELS + 4 * GROWTH) + 4 * CHANNELS),
+            # What a strip of the tail, at four times the size, holds beyond that.
+            fixed_bytes=4 * 16 * CHANNELS * STRIP_PX,
         )
         self.first = _conv(3, CHANNELS)
         self.blocks = nn.ModuleList(_ResidualInResidual() for _ in range(blocks))

@@ -63,11 +63,11 @@ class SrResNet(Architecture):
             # As the paper draws it.
             tail_multiply_adds=(1 + 4) * 9 * 4 * square + 16 * 81 * channels * 3,
             tail_reach_px=TAIL_REACH_PX,
-            # At the widest place, after the first shuffle: one body tensor, `up1`'s output twice (before and after its
-            # PReLU), and the x4 result.
-            bytes_per_px=4 * (channels + 2 * 4 * channels + 3 * 16),
-            # One strip of the tail; wide tiles take more.
-            fixed_bytes=4 * 3 * STRIP_PX * 4 * channels,
+            # At the widest place, before the first PReLU of the tail: one body tensor, and `up1`'s output before and
+            # after its shuffle.
+            bytes_per_px=4 * (channels + 2 * 4 * channels),
+            # What a strip of the tail holds beyond that; wide tiles take more.
+            fixed_bytes=4 * 2 * STRIP_PX * 4 * channels,
         )
         self.drawn_rows_kept = 3
         self.channels = channels
@@ -167,11 +167,14 @@ class SrResNet(Architecture):
     def draw(self) -> list[tuple[Graph, Blob]]:
         """The body, and the tail up to the sums of which `finish` makes the output."""
         body, tail = Graph(), Graph()
-        head = body.prelu(_conv(body, body.input(3), self.head), self.head_slope.weight)
-        x = head
+        given = body.input(3)
+        x = head = body.prelu(_conv(body, given, self.head), self.head_slope.weight)
         for block in cast(list[_ResidualBlock], list(self.blocks)):
             x = body.add(x, _conv(body, body.prelu(_conv(body, x, block.first), block.slope.weight), block.second))
-        merged = body.add(head, _conv(body, x, self.merge))
+        x = _conv(body, x, self.merge)
+        # Computed once more: until it is added, three channels of each row are kept and not all of its own.
+        head = body.prelu(_conv(body, body.late(given, x.delay - head.delay), self.head), self.head_slope.weight)
+        merged = body.add(head, x)
 
         x = tail.shuffle(_conv(tail, tail.input(self.channels), self.up1), 2)
         x = _conv(tail, tail.prelu(x, self.up1_slope.weight), self.up2)

@@ -26,11 +26,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.errors import OutOfMemory
+from worker.networks.pool import Pool
 
 try:
     import ncnn
 except ImportError:  # an optional dependency: no wheel for this machine
     ncnn = None
+
+
+WINOGRAD_VALUES = 36 / 16
+"""For each value that goes into a convolution and comes out of it, with F(4x4, 3x3), which ncnn takes for some sizes:
+its tiles overlap. F(6x6, 3x3) has fewer."""
 
 
 def is_available() -> bool:
@@ -142,9 +148,10 @@ class Graph:
 
     def _together(self, *blobs: Blob) -> tuple[Blob, ...]:
         latest = max(blob.delay for blob in blobs)
-        return tuple(blob if blob.delay == latest else self._late(blob, latest - blob.delay) for blob in blobs)
+        return tuple(blob if blob.delay == latest else self.late(blob, latest - blob.delay) for blob in blobs)
 
-    def _late(self, x: Blob, by: int) -> Blob:
+    def late(self, x: Blob, by: int) -> Blob:
+        """The same rows, `by` rows later: to be kept in place of what is made of them, where that has more channels."""
         for layer in self.layers:
             if isinstance(layer, _Late) and layer.inputs == (x,) and layer.by == by:
                 return layer.output
@@ -166,7 +173,7 @@ def _bytes(values: Tensor) -> bytes:
 class Strips:
     """A Graph made ready to run with so many threads. Not for two threads at once."""
 
-    def __init__(self, graph: Graph, output: Blob, *, threads: int) -> None:
+    def __init__(self, graph: Graph, output: Blob, *, threads: int, pool: Pool | None = None) -> None:
         if ncnn is None:
             raise ModuleNotFoundError("The package ncnn is not installed.")
         self.output = output
@@ -176,10 +183,8 @@ class Strips:
             1, *(-(-(kept.rows + kept.blob.delay) // kept.blob.grid) for kept in self.inputs.values())
         )
         """Least rows of a first strip that is not the last too: all layers must have what they keep."""
-        # Of ours, so that it can be emptied.
-        self.pool = ncnn.PoolAllocator()
-        # Or a small blob would take the memory of a large one, which is then asked for anew.
-        self.pool.set_size_compare_ratio(0.5)
+        self.pool = pool or Pool()
+        self._bytes_per_column: dict[int, int] = {}
         text = _Text(graph.layers, self.inputs)
         self._onward, self._to_the_end = (text.net(threads, self.pool, is_last=is_last) for is_last in (False, True))
 
@@ -188,16 +193,59 @@ class Strips:
         """What is kept from strip to strip, for each column of the input."""
         return sum(4 * kept.rows * kept.blob.channels * kept.blob.grid for kept in self.inputs.values())
 
-    @property
-    def bytes_per_px(self) -> int:
-        """What is held at once while a strip is computed, for each of its px: at the widest layer its input as it came,
-        with the rows above, with the padding and as Winograd's tiles (64 values for 36), and its output; and as much
-        again of other sizes, which ncnn keeps for its next layers."""
-        windows = [layer for layer in self._layers if isinstance(layer, _Window)]
-        most = max(
-            layer.inputs[0].grid ** 2 * (5 * layer.inputs[0].channels + layer.output.channels) for layer in windows
-        )
-        return 2 * 4 * most
+    def bytes_per_column(self, rows: int) -> int:
+        """What else is held at most while a strip of `rows` rows is computed, for each of its columns: the blobs that
+        layers to come will read, and within a convolution its input with the padding and as Winograd's tiles."""
+        if rows not in self._bytes_per_column:
+            first, last = self._first_and_last(rows)
+            self._bytes_per_column[rows] = 4 * max(
+                self._most_values(lambda blob: first * blob.grid - blob.delay, is_first=True),
+                self._most_values(lambda blob: rows * blob.grid, is_first=False),
+                self._most_values(lambda blob: last * blob.grid + blob.delay, is_first=False),
+            )
+        return self._bytes_per_column[rows]
+
+    def _first_and_last(self, rows: int) -> tuple[int, int]:
+        """Rows of the first strip and, at most, of the last where others have `rows`.
+
+        At the picture's end every layer makes up for its delay. Where that is more than a strip is high, it alone
+        decides what memory is taken: then no rows come with it that could have come before.
+        """
+        return max(self.first_rows, rows), 1 if rows < self.first_rows else rows
+
+    def _most_values(self, rows_of: Callable[[Blob], int], *, is_first: bool) -> int:
+        """The most values that are held at once for a column, what is kept not counted, layer after layer. `rows_of`:
+        those that the strip brings of a blob."""
+
+        def values(blob: Blob, more_rows: int = 0) -> int:
+            return blob.grid * blob.channels * max(0, rows_of(blob) + more_rows)
+
+        readers = Counter(blob.name for layer in self._layers for blob in layer.inputs)
+        held: dict[str, int] = {}
+        most = 0
+        for layer in self._layers:
+            made = layer.output
+            held[made.name] = values(made)
+            within = 0
+            if isinstance(layer, _Window):
+                (blob,) = layer.inputs
+                whole = values(blob, layer.rows - 1)
+                if layer.rows == 3:
+                    within = whole + int(WINOGRAD_VALUES * (whole + values(made)))
+                elif layer.rows > 3:
+                    # As a matrix: each px has all that its kernel sees.
+                    within = whole + layer.rows**2 * values(blob)
+            most = max(most, sum(held.values()) + within)
+            for blob in layer.inputs:
+                readers[blob.name] -= 1
+                if not readers[blob.name]:
+                    del held[blob.name]
+            if kept := self.inputs.get(made.name):
+                # Both are there while one is copied into the other.
+                whole = values(made, kept.zeros if is_first else kept.rows)
+                most = max(most, sum(held.values()) + whole)
+                held[made.name] = whole
+        return most
 
     def through(
         self, pieces: Iterable[NDArray[np.float32]], *, rows: int, on_step: Callable[[], None] = lambda: None
@@ -208,7 +256,8 @@ class Strips:
         strip; what it raises passes. Raises OutOfMemory where ncnn has none.
         """
         above: dict[str, Any] = {}
-        for piece, is_last in _strips_of(pieces, self.first_rows + rows, rows):
+        first, last = self._first_and_last(rows)
+        for piece, is_last in _strips_of(pieces, first, rows, last):
             made, above = _Step(self, piece, above, is_last=is_last).run(on_step)
             yield made
 
@@ -324,18 +373,36 @@ def _takes_all(layer: _Window, kept: _Kept) -> bool:
 
 
 def _strips_of(
-    pieces: Iterable[NDArray[np.float32]], first: int, rows: int
+    pieces: Iterable[NDArray[np.float32]], first: int, rows: int, last: int
 ) -> Iterator[tuple[NDArray[np.float32], bool]]:
-    """(strip, whether it is the last): the first of `first` rows, then `rows` each; the last has at least one row."""
+    """(strip, whether it is the last): the first of `first` rows, then `rows` each; the last of 1 to `last` unless it
+    is the first too."""
     held: list[NDArray[np.float32]] = []
-    wanted = first
+
+    def taken(count: int) -> NDArray[np.float32]:
+        """So many rows, copied: of what was handed in nothing is held that has gone on."""
+        parts = []
+        while count:
+            parts.append(held[0][:, :count])
+            count -= parts[-1].shape[1]
+            held[0] = held[0][:, parts[-1].shape[1] :]
+            if not held[0].shape[1]:
+                del held[0]
+        return np.concatenate(parts, axis=1)
+
+    ready, wanted = 0, first
     for piece in pieces:
         held.append(piece)
-        while sum(each.shape[1] for each in held) > wanted:
-            whole = np.concatenate(held, axis=1)
-            yield whole[:, :wanted], False
-            held, wanted = [whole[:, wanted:]], rows
-    yield np.concatenate(held, axis=1), True
+        ready += piece.shape[1]
+        del piece
+        while ready > wanted:
+            ready -= wanted
+            yield taken(wanted), False
+            wanted = rows
+    if wanted == rows and ready > last:
+        yield taken(ready - last), False
+        ready = last
+    yield taken(ready), True
 
 
 class _Step:
@@ -384,7 +451,8 @@ class _Step:
                 shape = (kept.blob.channels, kept.zeros, self._width * kept.blob.grid)
                 self._give(kept.name, np.zeros(shape, np.float32))
             else:
-                self._extractor.input(kept.name, self._above[name])
+                # Given away: ncnn lets go of it as soon as it was read, and what is kept now may lie in the same place.
+                self._extractor.input(kept.name, self._above.pop(name))
             whole = self._rows[name] + self._rows_above(name)
             # Of the last strip nothing is kept: one row is asked for, to go through it in steps.
             rows = 1 if self._is_last else kept.rows
@@ -406,9 +474,6 @@ class _Step:
         for name in self._strips.inputs:
             kept[name] = self._take(f"{name}_kept", packed=True)
             on_step()
-            if self._is_first or self._is_last:
-                # From layer to layer they have fewer rows, or more: memory of the one does not serve the next.
-                self._strips.pool.clear()
         return np.array(self._take(self._strips.output.name, packed=False)), kept
 
     def _take(self, name: str, *, packed: bool) -> Any:

@@ -8,12 +8,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from shared.models import JobState
 from shared.settings import Settings
 from tests.chaos.checker import Violation, check, recoveries
-from tests.chaos.faults import inflict, kill_holder, possible
+from tests.chaos.faults import inflict, kill_holder, kill_process, possible
 from tests.chaos.history import History
 from tests.chaos.proxy import MODES
 from tests.chaos.world import SHORT_LIVES, World
@@ -92,6 +94,31 @@ def submits_without_redis(world: World, *, count: int, modes: Sequence[str] = WI
         took[mode] = [line["seconds"] for line in lines]
         world.history.record("measure", name=f"submit, Redis: {mode}", seconds=took[mode])
     return took
+
+
+def lose_helpers(world: World, *, kills: int, stops: int) -> None:
+    """Of pictures that several processes share, one that helps is killed, or sleeps for twice the lease, in the middle
+    of a shard. Hands in a picture for each, once nothing else waits: helping is for whoever is idle. For a world with
+    SHARED settings."""
+    for number in range(kills + stops):
+        world.wait_for_customers()
+        world.rest()
+        job_id = world.submit("wide")
+        found: list[int] = []
+
+        def is_helped(job_id: str = job_id, found: list[int] = found) -> bool:
+            found.extend(world.helpers(job_id))
+            return bool(found) or world.states([job_id])[JobState.SUCCEEDED] > 0
+
+        world.wait_until(is_helped, seconds=240)
+        is_kill = number < kills
+        if found and is_kill:
+            kill_process(found[0])
+        elif found:
+            world.in_background(partial(world.sleep, found[0], 2 * world.settings.lease_seconds))
+        kind = "kill helper" if is_kill else "stop helper"
+        world.history.record("fault", kind=kind, killed=int(is_kill and bool(found)), helped=bool(found), job=job_id)
+        world.tell(f"{kind} of {job_id}{'' if found else ': nobody helped'}")
 
 
 def kill_in_mid_job(world: World, *, kills: int) -> None:
@@ -182,6 +209,11 @@ def figures(history: History) -> dict[str, Any]:
         "kills": sum(line.get("killed", 0) for line in faults),
         "kills_in_mid_job": len(history.lines("kill")),
         "poisonous": len({line["key"] for line in history.lines("submit") if line["picture"] == "poison"}),
+        "shards_made": sum(line["new_made"] for line in history.lines("shard")),
+        "shards_taken_again": sum(
+            (line["new_number"] or 0) > 1 and not line["new_made"] for line in history.lines("shard")
+        ),
+        "helpers_lost": sum(line["helped"] for line in faults if line["kind"].endswith(" helper")),
         "stops_in_mid_job": sum(line["kind"] == "stop image process" and line["stopped"] for line in faults),
         "wipes": sum(line.get("wiped", 0) for line in faults),
         "deploys": sum(line["kind"].startswith("deploy") for line in faults),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.models import JobState
+from shared.queries import IMAGE_QUEUES
 from shared.settings import Settings
 from tests.chaos.checker import Violation, check, recoveries
 from tests.chaos.faults import inflict, kill_holder, kill_process, possible
@@ -60,6 +61,9 @@ LONG: Plan = {
 }
 KINDS = ("small",) * 6 + ("middle",) * 3 + ("long",)
 
+HELP_TRIES = 5
+"""So many pictures are handed in for one helper to be lost, at most: now and then one is made before help comes."""
+
 WITHOUT_REDIS = tuple(mode for mode in MODES if mode != "pass")
 
 
@@ -100,25 +104,34 @@ def lose_helpers(world: World, *, kills: int, stops: int) -> None:
     """Of pictures that several processes share, one that helps is killed, or sleeps for twice the lease, in the middle
     of a shard. Hands in a picture for each, once nothing else waits: helping is for whoever is idle. For a world with
     SHARED settings."""
-    for number in range(kills + stops):
-        world.wait_for_customers()
-        world.rest()
-        job_id = world.submit("wide")
-        found: list[int] = []
+    world.wait_for_customers()
+    for kind in ["kill helper"] * kills + ["stop helper"] * stops:
+        for _ in range(HELP_TRIES):
+            world.rest()
+            # Messages of jobs that have ended: help would wait behind them.
+            world.wait_until(lambda: not any(world.redis.llen(queue) for queue in IMAGE_QUEUES), seconds=240)
+            if _lost_a_helper(world, kind):
+                break
 
-        def is_helped(job_id: str = job_id, found: list[int] = found) -> bool:
-            found.extend(world.helpers(job_id))
-            return bool(found) or world.states([job_id])[JobState.SUCCEEDED] > 0
 
-        world.wait_until(is_helped, seconds=240)
-        is_kill = number < kills
-        if found and is_kill:
-            kill_process(found[0])
-        elif found:
-            world.in_background(partial(world.sleep, found[0], 2 * world.settings.lease_seconds))
-        kind = "kill helper" if is_kill else "stop helper"
-        world.history.record("fault", kind=kind, killed=int(is_kill and bool(found)), helped=bool(found), job=job_id)
-        world.tell(f"{kind} of {job_id}{'' if found else ': nobody helped'}")
+def _lost_a_helper(world: World, kind: str) -> bool:
+    """False where the picture was made before anybody helped."""
+    job_id = world.submit("wide")
+    found: list[int] = []
+
+    def is_helped() -> bool:
+        found.extend(world.helpers(job_id))
+        return bool(found) or world.states([job_id])[JobState.SUCCEEDED] > 0
+
+    world.wait_until(is_helped, seconds=240)
+    killed = int(bool(found) and kind.startswith("kill"))
+    if killed:
+        kill_process(found[0])
+    elif found:
+        world.in_background(partial(world.sleep, found[0], 2 * world.settings.lease_seconds))
+    world.history.record("fault", kind=kind, killed=killed, helped=bool(found), job=job_id)
+    world.tell(f"{kind} of {job_id}{'' if found else ': nobody helped'}")
+    return bool(found)
 
 
 def kill_in_mid_job(world: World, *, kills: int) -> None:

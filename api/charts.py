@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
+
+from shared.models import Shard
 
 WIDTH, HEIGHT = 600.0, 160.0
 _GAP_SHARE = 0.2
@@ -150,8 +154,7 @@ def band_map(trace: Mapping[str, Any], width_px: int, height_px: int, *, said: C
     seconds: Sequence[float] = trace["band_seconds"]
     redone: Sequence[int] = trace["tiles_redone"]
     each, total = trace["bands_each"], trace["bands_total"]
-    # A very long picture would be a thread, or a mile.
-    height = _MAP_WIDTH * min(3.0, max(0.3, height_px / width_px))
+    height = _map_height(width_px, height_px)
     step = height * each / max(1, total)
     slowest = max(seconds, default=0.0)
     marks = []
@@ -177,6 +180,69 @@ def band_map(trace: Mapping[str, Any], width_px: int, height_px: int, *, said: C
     if sum(map(bool, redone)):
         told += f", {sum(map(bool, redone))} done again in smaller tiles"
     return BandMap(_MAP_WIDTH, round(height, 2), marks, told)
+
+
+@dataclass(frozen=True)
+class Hand:
+    """A worker at a shared picture."""
+
+    worker_id: str
+    made: int
+    now_at: Shard | None
+    """What it is in the middle of."""
+
+
+@dataclass(frozen=True)
+class ShardMap:
+    """The shards of a picture from the top, where they lie on it, and who works on them."""
+
+    width: float
+    height: float
+    marks: Sequence[Mark]
+    said: str
+    hands: Sequence[Hand]
+    """Who has made most comes first."""
+    failed: Sequence[Shard]
+    """Those that a helper could not make and nobody has made since."""
+
+
+def shard_map(shards: Sequence[Shard], width_px: int, height_px: int, now: datetime) -> ShardMap | None:
+    """Of a picture of that size; None where it is not shared. A shard that is free has no mark, one under way is filled
+    as far as it has come."""
+    if not shards:
+        return None
+    height = _map_height(width_px, height_px)
+    marks = []
+    made, at = Counter[str](), dict[str, Shard]()
+    for shard in shards:
+        top, bottom = shard.bands[0][0][1], max(tile[1] + tile[3] for tile in shard.bands[-1])
+        y, tall = height * top / height_px, height * (bottom - top) / height_px
+        what = f"shard {shard.position + 1} of {len(shards)}"
+        tried = f", try {shard.number}" if shard.number > 1 else ""
+        if shard.finished_at is not None:
+            made[shard.worker_id or ""] += 1
+            marks.append(Mark("made", 0, round(y, 3), _MAP_WIDTH, round(tall, 3), f"{what}: made{tried}"))
+        elif shard.lease_until is not None and shard.lease_until >= now:
+            at[shard.worker_id or ""] = shard
+            told = f"{what}: under way, {shard.bands_done} of {len(shard.bands)} bands{tried}"
+            share = min(1.0, shard.tiles_done / max(1, shard.tiles_total))
+            marks.append(Mark("busy", 0, round(y, 3), _MAP_WIDTH, round(tall, 3), told))
+            if share:
+                marks.append(Mark("made", 0, round(y, 3), _MAP_WIDTH, round(tall * share, 3), told))
+        elif shard.error_code is not None:
+            told = f"{what}: a helper failed, {shard.error_code}"
+            marks.append(Mark("failed", 0, round(y, 3), _MAP_WIDTH, round(tall, 3), told))
+    said = f"{made.total()} of {len(shards)} made, {len(at)} under way"
+    hands = [Hand(worker_id, made[worker_id], at.get(worker_id)) for worker_id in {**made, **at}]
+    failed = [shard for shard in shards if shard.error_code is not None and shard.finished_at is None]
+    return ShardMap(
+        _MAP_WIDTH, round(height, 2), marks, said, sorted(hands, key=lambda hand: (-hand.made, hand.worker_id)), failed
+    )
+
+
+def _map_height(width_px: int, height_px: int) -> float:
+    # A very long picture would be a thread, or a mile.
+    return _MAP_WIDTH * min(3.0, max(0.3, height_px / width_px))
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,12 @@ def blueprint(context: Context, servers: Servers) -> Blueprint:
             "job": found,
             "queue_position": queries.queue_position(session, found),
             "attempts": [AttemptLine.of(found, attempt, now) for attempt in tried],
-            "shards": shards.of_job(session, job_id) if found.split is not None else [],
+            "shards": charts.shard_map(
+                shards.of_job(session, job_id) if found.split is not None else [],
+                found.input_width,
+                found.input_height,
+                now,
+            ),
             "deliveries": owed.rows,
             "key_name": queries.key_names(session, [found.owner_key_id])[found.owner_key_id],
             "curl": curl.command(found, request.host_url),

@@ -538,16 +538,23 @@ def resume_queue(session: Session, queue: str) -> bool:
     return True
 
 
-def give_message_back(session: Session, queues: Sequence[str], *, now: datetime) -> None:
+def give_message_back(session: Session, queues: Sequence[str], *, now: datetime) -> bool:
     """A message of these queues has come to a worker that may take no job: the relay is to send another.
+
+    False where no job that waits is marked as sent yet: the message has overtaken its own mark, and the caller is to
+    ask again.
 
     Messages of a device's queues are worth the same, so any job that waits with one may be the one that is sent again;
     one that is about to be sent anyway may not, or two messages given back would come back as one.
     """
     given_back = _first_due(queues, now).where(Job.published_at.is_not(None)).with_for_update()
-    session.execute(
-        update(Job).where(Job.id == session.scalar(given_back), Job.state == JobState.QUEUED).values(published_at=None)
-    )
+    changed = session.execute(
+        update(Job)
+        .where(Job.id == session.scalar(given_back), Job.state == JobState.QUEUED)
+        .values(published_at=None)
+        .returning(Job.id)
+    ).one_or_none()
+    return changed is not None
 
 
 def reroute(session: Session, source: str, target: str, *, now: datetime, limit: int = 100) -> list[str]:

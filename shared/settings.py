@@ -143,7 +143,7 @@ class Settings(BaseSettings):
         "(results as PNG or TIFF); 0 shares none.",
     )
     shard_output_px: int = Field(
-        32_000_000, gt=0, description="Pixels of the result in one shard, about: what a lost worker costs at most."
+        8_000_000, gt=0, description="Pixels of the result in one shard, about: what a lost worker costs at most."
     )
     models_dir: str = Field(
         "",

@@ -13,12 +13,12 @@ StaleAttempt, which is how a cancel, an end or a deletion reaches a helper.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, exists, func, literal, or_, select, update
+from sqlalchemy import ColumnElement, Row, and_, exists, func, literal, or_, select, update
 from sqlalchemy.orm import Session
 
 from shared import jobs
@@ -99,21 +99,36 @@ def begin_again(session: Session, claim: jobs.Claim, terms: Mapping[str, Any]) -
 
 
 def claim(
-    session: Session, held: jobs.Claim, *, worker_id: str, max_tries: int, lease_seconds: float, now: datetime
+    session: Session,
+    held: jobs.Claim,
+    *,
+    worker_id: str,
+    max_tries: int,
+    lease_seconds: float,
+    now: datetime,
+    below: int | None = None,
 ) -> ShardClaim | None:
-    """The first free shard for the attempt that holds the job, counting the try. None where none is free.
+    """A free shard for the attempt that holds the job, counting the try; the one under the shard `below`, which this
+    worker has made last, where that is free. None where none is.
 
     It may also take one that a helper has failed at: what is wrong with it will then show as the job's own error.
     """
     takeable = or_(Shard.tries_used < max_tries, Shard.error_code.is_not(None))
-    return _take(session, held.job_id, [takeable], worker_id, lease_seconds, now)
+    return _take(session, held.job_id, [takeable], worker_id, lease_seconds, now, below)
 
 
 def claim_to_help(
-    session: Session, job_id: str, *, worker_id: str, max_tries: int, lease_seconds: float, now: datetime
+    session: Session,
+    job_id: str,
+    *,
+    worker_id: str,
+    max_tries: int,
+    lease_seconds: float,
+    now: datetime,
+    below: int | None = None,
 ) -> ShardClaim | None:
-    """The first free shard for a worker that helps, counting the try. None where there is nothing to take, as with
-    `jobs.claim`: a duplicate message, a job that ends, a queue that is paused, a worker that is drained."""
+    """A free shard for a worker that helps, as for `claim`, counting the try. None where there is nothing to take, as
+    with `jobs.claim`: a duplicate message, a job that ends, a queue that is paused, a worker that is drained."""
     conditions = [
         Shard.tries_used < max_tries,
         Shard.error_code.is_(None),
@@ -121,7 +136,7 @@ def claim_to_help(
         ~exists().where(Job.id == job_id, QueuePause.queue == Job.queue),
         ~exists().where(Worker.id == worker_id, Worker.drained_at.is_not(None)),
     ]
-    return _take(session, job_id, conditions, worker_id, lease_seconds, now)
+    return _take(session, job_id, conditions, worker_id, lease_seconds, now, below)
 
 
 def progress(
@@ -287,6 +302,10 @@ def _free(now: datetime) -> list[ColumnElement[bool]]:
     return [Shard.finished_at.is_(None), or_(Shard.lease_until.is_(None), Shard.lease_until < now)]
 
 
+def _worked_on(now: datetime) -> ColumnElement[bool]:
+    return and_(Shard.finished_at.is_(None), Shard.lease_until.is_not(None), Shard.lease_until >= now)
+
+
 def _is_live(job_id: str) -> ColumnElement[bool]:
     """The job goes on, also while it waits for another attempt."""
     return exists().where(
@@ -303,31 +322,56 @@ def _take(
     worker_id: str,
     lease_seconds: float,
     now: datetime,
+    below: int | None,
 ) -> ShardClaim | None:
-    # Rows that another transaction is taking are passed over: ten workers that come at once get ten shards.
-    first = (
-        select(Shard.position)
-        .where(Shard.job_id == job_id, *_free(now), *conditions)
+    takeable = and_(*_free(now), *conditions)
+    rows = session.execute(
+        select(Shard.position, takeable.label("is_free"), _worked_on(now).label("is_worked_on"))
+        .where(Shard.job_id == job_id)
         .order_by(Shard.position)
-        .limit(1)
-        .with_for_update(skip_locked=True)
-        .scalar_subquery()
-    )
-    row = session.execute(
-        update(Shard)
-        .where(Shard.job_id == job_id, Shard.position == first, *_free(now))
-        .values(
-            number=Shard.number + 1,
-            tries_used=Shard.tries_used + 1,
-            worker_id=worker_id,
-            lease_until=now + timedelta(seconds=lease_seconds),
-            started_at=func.coalesce(Shard.started_at, literal(now, UtcDateTime)),
-            tiles_done=0,
-            bands_done=0,
-        )
-        .returning(Shard.position, Shard.number, Shard.bands)
-    ).one_or_none()
-    return None if row is None else ShardClaim(job_id, row.position, row.number, row.bands)
+    ).all()
+    free = [row.position for row in rows if row.is_free]
+    worked_on = {row.position for row in rows if row.is_worked_on}
+    while free:
+        chosen = _choose(free, worked_on, below)
+        row = session.execute(
+            update(Shard)
+            .where(Shard.job_id == job_id, Shard.position == chosen, takeable)
+            .values(
+                number=Shard.number + 1,
+                tries_used=Shard.tries_used + 1,
+                worker_id=worker_id,
+                lease_until=now + timedelta(seconds=lease_seconds),
+                started_at=func.coalesce(Shard.started_at, literal(now, UtcDateTime)),
+                tiles_done=0,
+                bands_done=0,
+            )
+            .returning(Shard.position, Shard.number, Shard.bands)
+        ).one_or_none()
+        if row is not None:
+            return ShardClaim(job_id, row.position, row.number, row.bands)
+        # Another worker has come first: ten that come at once get ten shards.
+        free.remove(chosen)
+        worked_on.add(chosen)
+    return None
+
+
+def _choose(free: Sequence[int], worked_on: Set[int], below: int | None) -> int:
+    """Which of the `free` shards a worker takes that has made the one at `below` last.
+
+    The next one down, where it goes on without decoding or computing anything twice. Else the top of a run that nobody
+    is about to walk into; else the lower half of the longest, of which who works above it keeps the upper.
+    """
+    if below is not None and below + 1 in free:
+        return below + 1
+    runs: list[list[int]] = []
+    for position in free:
+        if runs and runs[-1][-1] == position - 1:
+            runs[-1].append(position)
+        else:
+            runs.append([position])
+    longest = max(runs, key=lambda run: (run[0] - 1 not in worked_on, len(run)))
+    return longest[len(longest) // 2 if longest[0] - 1 in worked_on else 0]
 
 
 def _write(session: Session, claim: ShardClaim, changes: Mapping[str, Any]) -> None:
@@ -344,10 +388,6 @@ def _write(session: Session, claim: ShardClaim, changes: Mapping[str, Any]) -> N
         .returning(Shard.position)
     ).one_or_none()
     if changed is None:
-        raise _stale(claim)
-
-
-def _stale(claim: ShardClaim) -> StaleAttempt:
-    return StaleAttempt(
-        f"Try {claim.number} does not own shard {claim.position} of {claim.job_id} any more.", job_id=claim.job_id
-    )
+        raise StaleAttempt(
+            f"Try {claim.number} does not own shard {claim.position} of {claim.job_id} any more.", job_id=claim.job_id
+        )

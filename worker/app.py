@@ -187,8 +187,10 @@ def stop_promptly(sender: Any, **_: Any) -> None:
 
 def _signal_children(worker: Any, number: signal.Signals) -> None:
     for pid in worker.pool.info["processes"]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
+        # None is one that is just being started in the place of one that was lost.
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
 
 def _has_gpu(settings: Settings) -> bool:

@@ -33,7 +33,7 @@ from worker.fidelity import Comparison, Sums
 from worker.networks import Network, load
 from worker.parts import Layout, PartWriter, open_part
 from worker.tiling import Band, Plan
-from worker.upscale import EnlargedRows, Repairs, Work
+from worker.upscale import Descent, EnlargedRows, Repairs, Work
 
 # The slowest kinds seen (16-bit with a colour profile; AVIF) take a tenth of this: what a lease is asked for must
 # suffice on a busy machine too.
@@ -318,6 +318,8 @@ class Making:
     watch: Watch
     onlookers: tuple[Onlooker, ...]
     clock: _Stopwatch
+    descents: tuple[Descent, Descent] = field(default_factory=lambda: (Descent(), Descent()))
+    """Of colours and of alpha, where the network runs in strips: a part that follows on the last goes on with them."""
 
     def enlarge(self, target: Path) -> Enlarged:
         """The whole result, into `target`. Raises as `Engine.enlarge_file` does."""
@@ -584,6 +586,7 @@ class _Enlarging:
     def __init__(self, making: Making, precise: bool, repairs: Repairs) -> None:
         picture, work, network = making.picture, making.work, making.network
         self._network, self._picture, self._work = network, picture, work
+        self._descents = making.descents
         self._scale, self._format = making.wanted.scale, making.format
         self._watch, self._clock = making.watch, making.clock
         self._precise, self._repairs = precise, repairs
@@ -635,6 +638,7 @@ class _Enlarging:
             dtype=np.dtype(dtype),
             precise=self._precise,
             repairs=self._repairs,
+            descent=self._descents[number],
         )
 
     def _alpha_rows(self) -> Callable[[EnlargedRows], Samples] | None:

@@ -421,14 +421,16 @@ class SharedLifeline(Lifeline):
 class HelpersLifeline(Lifeline):
     """Keeps a helper's shard alive, and nothing else of the job. A cancel reaches it as StaleAttempt."""
 
-    _shard: ShardClaim
+    shard: ShardClaim
 
     def works_on(self, claim: ShardClaim) -> None:
-        """To be said before all else."""
-        self._shard = claim
+        """From now on, of a shard that has just been claimed. To be said before all else."""
+        self.shard, self._last = claim, Progress(0, 0, 0, 0, None)
+        self._written_at = self._monotonic()
+        self._lease_ends = self._written_at + self._settings.lease_seconds
 
     def _tell(self, session: Session, fraction: float, lease_seconds: float, *, announce: bool) -> bool:  # noqa: ARG002
-        _renew(session, self._shard, self._last, lease_seconds, clock(session))
+        _renew(session, self.shard, self._last, lease_seconds, clock(session))
         return False
 
 
@@ -482,6 +484,8 @@ class Executor:
         self._attempts = ThreadPoolExecutor(2, "attempt")
         self._finishing: list[Future[Outcome]] = []
         self._is_drained = False
+        self._owed_queues: list[str] = []
+        """Of a drained process: where the message belongs that it holds and could not give back yet."""
         self._interactive_in_a_row = 0
         self._usage = Usage(on_gpu=facts.device == "gpu")
         self.presence = Presence(
@@ -614,7 +618,7 @@ class Executor:
             return outcome
 
     def help(self, job_id: str, queue: str | None = None) -> Outcome | None:
-        """Makes one shard of a job that another attempt holds. None where there was none to take.
+        """Makes shards of a job that another attempt holds, as long as no job waits. None where there was none to take.
 
         Its message, as one for `run`, says that there is work for the device of `queue`: a job that waits comes first.
         Helping is for whoever is idle, or a large picture would hold every worker before other keys' turn comes.
@@ -645,7 +649,7 @@ class Executor:
             claim, job, now, device = claimed
             span = self._traces.begin("job.shard", job.traceparent, job_id=job_id, shard=claim.position)
             with (
-                structlog.contextvars.bound_contextvars(shard=claim.position, traceparent=span.traceparent),
+                structlog.contextvars.bound_contextvars(traceparent=span.traceparent),
                 Turn(self._network) as turn,
             ):
                 outcome = self._help(claim, job, now, device, Phases(self._traces, span.traceparent), turn)
@@ -659,6 +663,7 @@ class Executor:
                 now = clock(session)
                 # A message of before a job was moved to another device leads to the jobs of its own.
                 served = self._served(queue or session.scalar(select(Job.queue).where(Job.id == job_id)) or "")
+                self._owed_queues = []
                 next_id = jobs.next_due(session, served, now=now) if served else None
                 if next_id is None:
                     self._is_drained = workers.is_drained(session, worker_id)
@@ -679,7 +684,7 @@ class Executor:
                     return claim, job, now, device
                 self._is_drained = workers.is_drained(session, worker_id)
                 if self._is_drained:
-                    jobs.give_message_back(session, served, now=now)
+                    self._owed_queues = [] if jobs.give_message_back(session, served, now=now) else served
                     return None
             # Another worker was taking it: what it left behind is seen by a new transaction.
         return None
@@ -692,13 +697,16 @@ class Executor:
             served.sort(key=lambda each: not each.endswith(".bulk"))
         return served
 
-    def _claim_to_help(self, job_id: str) -> tuple[ShardClaim, Job, datetime, str] | None:
+    def _claim_to_help(self, job_id: str, below: int | None = None) -> tuple[ShardClaim, Job, datetime, str] | None:
+        """`below`: of a helper that has made this shard and would go on; None then also where a job waits for it."""
         worker_id = self.presence.facts.id
         with self._database.transaction() as session:
             now = clock(session)
             queue = session.scalar(select(Job.queue).where(Job.id == job_id))
             # The job may have been moved to another device's queue since.
             if queue is None or queue not in self.presence.facts.queues:
+                return None
+            if below is not None and jobs.next_due(session, self._served(queue), now=now) is not None:
                 return None
             device = "cpu" if queue.startswith("cpu.") else "gpu"
             claim = shards.claim_to_help(
@@ -708,7 +716,10 @@ class Executor:
                 max_tries=self._settings.max_attempts,
                 lease_seconds=self._settings.lease_seconds,
                 now=now,
+                below=below,
             )
+            if claim is None and below is not None:
+                return None
             if claim is None:
                 self._is_drained = workers.is_drained(session, worker_id)
                 if self._is_drained:
@@ -723,9 +734,12 @@ class Executor:
         while time.monotonic() < ends_at and not self._stopping.is_set():
             # As in `_record`, nobody sets it: a signal handler that did would wait for a lock this very thread holds.
             threading.Event().wait(DRAINED_LOOK_SECONDS)
-            with contextlib.suppress(DatabaseUnavailable), self._database.reading() as session:
+            looking = self._database.transaction if self._owed_queues else self._database.reading
+            with contextlib.suppress(DatabaseUnavailable), looking() as session:
                 if not workers.is_drained(session, self.presence.facts.id):
                     return
+                if self._owed_queues and jobs.give_message_back(session, self._owed_queues, now=clock(session)):
+                    self._owed_queues = []
 
     def _attempt(
         self, claim: Claim, job: Job, claimed_at: datetime, device: str, phases: Phases, turn: Turn
@@ -771,20 +785,21 @@ class Executor:
     def _help(
         self, claim: ShardClaim, job: Job, claimed_at: datetime, device: str, phases: Phases, turn: Turn
     ) -> Outcome:
-        log.info("shard.claimed", device=device, worker=self.presence.facts.id)
+        log.info("shard.claimed", shard=claim.position, device=device, worker=self.presence.facts.id)
         started = time.monotonic()
         lifeline = self._lifeline_of(HelpersLifeline, Claim(job.id, job.attempt), job, claimed_at, phases, turn)
         lifeline.works_on(claim)
         # As for the whole job: a worker that is slower than the others may be making the last of it alone.
         with self._watched(lifeline, _limit_seconds(job), phases):
-            outcome = self._outcome_of(lambda: self._make_shard(claim, job, device, lifeline), job, device)
-        self._give_shard_back(claim, outcome)
+            outcome = self._outcome_of(lambda: self._make_shards(job, device, lifeline), job, device)
+        self._give_shard_back(lifeline.shard, outcome)
         seconds = round(time.monotonic() - started, 3)
-        log.info("shard.ended", outcome=type(outcome).__name__.lower(), seconds=seconds)
+        log.info("shard.ended", shard=lifeline.shard.position, outcome=type(outcome).__name__.lower(), seconds=seconds)
         return outcome
 
-    def _make_shard(self, claim: ShardClaim, job: Job, device: str, lifeline: HelpersLifeline) -> Helped:
-        """From the stored input to the stored part. Raises whatever goes wrong."""
+    def _make_shards(self, job: Job, device: str, lifeline: HelpersLifeline) -> Helped:
+        """From the stored input to the stored parts: the picture is fetched and decoded once. Raises whatever goes
+        wrong with one of them."""
         with (
             scratch_folder() as folder,
             self._fetched(job, folder, lifeline) as source,
@@ -794,9 +809,30 @@ class Executor:
             assert job.split is not None, "a job that has shards is shared"
             making = self._engines[device].opened(source, wanted_of(job), lifeline, thumbnails, previews)
             maker = PartMaker(self._storage, job.blob_prefix, folder, lifeline, making, thumbnails, job.split)
-            part = maker.make(claim)
-            sharding.record(self._database, lifeline, self._storage, claim, part)
-        return Helped()
+            while True:
+                claim = lifeline.shard
+                sharding.record(self._database, lifeline, self._storage, claim, maker.make(claim))
+                following = self._next_to_help(claim, job)
+                if following is None:
+                    return Helped()
+                log.info("shard.claimed", shard=following.position, device=device, worker=self.presence.facts.id)
+                lifeline.works_on(following)
+
+    def _next_to_help(self, made: ShardClaim, job: Job) -> ShardClaim | None:
+        """Another shard of the job. None where there is none, or this process has something better to do."""
+        if self._stopping.is_set():
+            return None
+        try:
+            claimed = self._claim_to_help(made.job_id, below=made.position)
+        except DatabaseUnavailable:
+            return None
+        if claimed is None or claimed[1].split != job.split:
+            # What holds for all shards has changed since the picture was opened: on other terms it is opened anew.
+            if claimed is not None:
+                with contextlib.suppress(StaleAttempt, DatabaseUnavailable), self._database.transaction() as session:
+                    shards.give_back(session, claimed[0])
+            return None
+        return claimed[0]
 
     def _give_shard_back(self, claim: ShardClaim, outcome: Outcome) -> None:
         """What a helper could not make is somebody else's; where the database cannot be told, once the lease passes."""

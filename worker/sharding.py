@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -43,9 +44,9 @@ T = TypeVar("T")
 LOOK_SECONDS = 0.2
 """So often the attempt that holds the job looks whether others have made what it waits for."""
 
-LEAST_REACHES = 7
-"""A shard in strips is at least so many times as high as its network sees, which is computed twice for it: at most a
-seventh more work."""
+LEAST_REACHES = 2
+"""A shard in strips is at least so many times as high as its network sees. That is computed twice where a worker does
+not go on from the shard above, which is seldom: once for each that helps, and a few times near the end."""
 
 STORE_BYTES_PER_SECOND = 1_000_000
 """As in `worker.execute`: a slow line to object storage."""
@@ -262,10 +263,12 @@ class Sharing:
         return terms
 
     def _make_parts(self, maker: PartMaker) -> None:
+        below: int | None = None
         while True:
-            mine, standing = self._write(self._next)
+            mine, standing = self._write(partial(self._next, below))
             if mine is not None:
                 self._make_part(maker, mine, standing)
+                below = mine.position
             elif standing.all_made:
                 return
             elif standing.lost is not None:
@@ -278,7 +281,7 @@ class Sharing:
                 # Nobody sets it: the wait is only a wait.
                 threading.Event().wait(LOOK_SECONDS)
 
-    def _next(self, session: Session, now: datetime) -> tuple[ShardClaim | None, Standing]:
+    def _next(self, below: int | None, session: Session, now: datetime) -> tuple[ShardClaim | None, Standing]:
         max_tries = self._settings.max_attempts
         mine = shards.claim(
             session,
@@ -287,6 +290,7 @@ class Sharing:
             max_tries=max_tries,
             lease_seconds=self._settings.lease_seconds,
             now=now,
+            below=below,
         )
         standing = shards.standing(session, self._claim.job_id, max_tries=max_tries, now=now, without=mine)
         if mine is None and standing.shards == 0:

@@ -123,6 +123,47 @@ class Work:
         return needed_px * self.waste / pixels_per_second
 
 
+class Descent:
+    """A network on its way down a picture in strips, and where it stands: who asks for the rows that come next goes on
+    from there, and no row of any layer is computed twice. Of one picture and one network."""
+
+    def __init__(self) -> None:
+        self._next_row: int | None = None
+        self._finished: Iterator[torch.Tensor] = iter(())
+        self._rest = torch.empty(3, 0, 0)
+
+    def go_to(self, network: Network, image: NDArray[Any], row: int) -> None:
+        """The next rows are to be those from `row` of the picture on.
+
+        Elsewhere than where it stands it begins as far above as the network sees, and throws that away. Strips then
+        begin at other rows than in the whole, so that some levels are rounded the other way.
+        """
+        if row == self._next_row:
+            return
+        first = max(0, row - network.reach_px)
+        pieces = (
+            _unit_floats(image[y : y + FED_ROWS]).transpose(2, 0, 1) for y in range(first, image.shape[0], FED_ROWS)
+        )
+        self._finished = network.rows(pieces)
+        self._rest = torch.empty(3, 0, image.shape[1] * network.scale)
+        self._next_row = first
+        if row > first:
+            self.take(row - first, network.scale)
+
+    def take(self, rows: int, scale: int) -> torch.Tensor:
+        """The next rows of the picture, (3, rows * scale, W * scale) in [0, 1]. What it raises ends the way down: it
+        then stands nowhere."""
+        assert self._next_row is not None
+        after, self._next_row = self._next_row + rows, None
+        held = [self._rest]
+        while sum(piece.shape[1] for piece in held) < rows * scale:
+            held.append(next(self._finished))
+        whole = torch.cat(held, dim=1)
+        made, self._rest = whole[:, : rows * scale], whole[:, rows * scale :]
+        self._next_row = after
+        return made
+
+
 def choose_device(wanted: str) -> str:
     """The torch device for the setting `auto`, `cpu` or `gpu`; auto is a GPU where there is one.
 
@@ -223,6 +264,7 @@ def enlarge(
     dtype: DTypeLike = np.float32,
     precise: bool = False,
     repairs: Repairs | None = None,
+    descent: Descent | None = None,
 ) -> Iterator[EnlargedRows]:
     """The picture at exactly `scale` times its size, rows from the top down, as they are finished.
 
@@ -231,7 +273,7 @@ def enlarge(
     one Lanczos step goes down; above it, a network of the same card runs again over the result first. `work` is what
     `plan_work` gave for this picture, and is made here if left out. `on_tile` is called after every tile; what it
     raises passes through. `precise` computes in float32 also where half precision would do; `repairs` counts what had
-    to be mended.
+    to be mended. `descent` is of an earlier call for the same picture and network, whose work ended where this begins.
 
     Only some bands are held, never the whole result; where the network runs twice, the result of the first pass is held
     once, in uint16: half of float32, and 256 times finer than the 8-bit levels the network was trained on.
@@ -246,6 +288,7 @@ def enlarge(
             f"the picture is {width} x {height} px and the scale {scale}."
         )
     count = _Count(work.tile_count, on_tile, precise=precise, repairs=repairs)
+    descent = descent or Descent()
     bands_done = 0
     *first, last = zip(network.passes(scale), work.plans, strict=True)
     for each, whole in first:
@@ -258,7 +301,7 @@ def enlarge(
     each, whole = last
     reached_width, reached_height = whole.width * each.scale, whole.height * each.scale
     if (reached_width, reached_height) == (width * scale, height * scale):
-        for finished in _bands(each, image, whole, count, np.dtype(dtype)):
+        for finished in _bands(each, image, whole, count, np.dtype(dtype), descent):
             bands_done += 1
             yield EnlargedRows(finished.y_px, finished.pixels, bands_done, work.band_count)
         return
@@ -329,7 +372,12 @@ class _Flat(_NotPlausible):
 
 
 def _bands(
-    network: Network, image: NDArray[Any], whole: Plan, count: _Count, dtype: np.dtype[Any]
+    network: Network,
+    image: NDArray[Any],
+    whole: Plan,
+    count: _Count,
+    dtype: np.dtype[Any],
+    descent: Descent | None = None,
 ) -> Iterator[UpscaledBand]:
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype not in (np.uint8, np.uint16, np.float32):
         raise ValueError(f"A picture is (H, W, 3) uint8, uint16 or float32; this is {image.shape} {image.dtype}.")
@@ -338,38 +386,24 @@ def _bands(
             f"The plan is for {whole.width} x {whole.height} px; the picture is {image.shape[1]} x {image.shape[0]} px."
         )
     if whole.in_strips:
-        yield from _in_strips(network, image, whole, count, dtype)
+        yield from _in_strips(network, image, whole, count, dtype, descent or Descent())
         return
     for band in whole.bands:
         yield UpscaledBand(band, band.region.y * network.scale, _mended(network, image, whole, band, count, dtype))
 
 
 def _in_strips(
-    network: Network, image: NDArray[Any], whole: Plan, count: _Count, dtype: np.dtype[Any]
+    network: Network, image: NDArray[Any], whole: Plan, count: _Count, dtype: np.dtype[Any], descent: Descent
 ) -> Iterator[UpscaledBand]:
     """Bands as the network finishes their rows. On a CPU, in float32: what is not right now will not be at another try,
     and memory does not depend on how the picture is cut."""
     scale = network.scale
-    # The plan may be of some bands in the middle of the picture. What the network sees above them is computed and
-    # thrown away. Strips then begin at other rows than in the whole, so that some levels are rounded the other way.
-    top = whole.bands[0].region.y
-    first = max(0, top - network.reach_px)
-    pieces = (_unit_floats(image[y : y + FED_ROWS]).transpose(2, 0, 1) for y in range(first, whole.height, FED_ROWS))
     network.on_step = count.tell
-    finished = network.rows(pieces)
-    rest = torch.empty(3, 0, whole.width * scale)
-    above = (top - first) * scale
-    while above:
-        rows = next(finished)
-        rest = rows[:, above:]
-        above = max(0, above - rows.shape[1])
+    # The plan may be of some bands in the middle of the picture.
+    descent.go_to(network, image, whole.bands[0].region.y)
     started = time.perf_counter()
     for band in whole.bands:
-        held = [rest]
-        while sum(rows.shape[1] for rows in held) < band.region.height * scale:
-            held.append(next(finished))
-        rows = torch.cat(held, dim=1)
-        made, rest = rows[:, : band.region.height * scale], rows[:, band.region.height * scale :]
+        made = descent.take(band.region.height, scale)
         low, high = (float(value) for value in made.aminmax())
         try:
             _check_finite(low, high, band.region)

@@ -129,9 +129,10 @@ def test_a_shared_job_shows_who_makes_what_of_it(api: Any) -> None:
         shards.begin(session, a_claim(session, job_id, now), [[[tile]], [[tile], [tile]]], {})
         shards.claim_to_help(session, job_id, worker_id="a-helper", max_tries=3, lease_seconds=20, now=now)
     page = Hands(api, "viewer").client.get(f"/admin/jobs/{job_id}").text
-    shown = page[page.index('aria-label="Shards"') :]
-    assert re.findall(r"<td>(?:<span[^>]*>)?(under way|free|made)", shown) == ["under way", "free"]
-    assert "0 of 2" in shown
+    shown = page[page.index("<h3>Shards</h3>") :]
+    assert "0 of 2 made, 1 under way" in shown
+    assert re.findall(r'<rect class="(\w+)"', shown)[:2] == ["track", "busy"]
+    assert "shard 1 of 2: under way, 0 of 1 bands" in shown
     assert "a-helper" in shown
 
 

@@ -1,6 +1,6 @@
 """Everything that is measured of speed and memory, one after the other on this machine: what `make bench` runs.
 
-    python -m tests.benchmarks [runtimes job memory pipeline api] [--out bench-output]
+    python -m tests.benchmarks [runtimes job memory pipeline shards api] [--out bench-output]
 
 Each part runs in a process of its own, prints its figures and writes them as JSON; `bench.json` holds them together and
 `runtimes.svg` shows the network beside other runtimes. Ratios are what to read: seconds are this machine's at this
@@ -23,6 +23,7 @@ PARTS = {
     "job": ["-c", "from api.cli import main; main()", "bench"],
     "memory": ["-m", "tests.benchmarks.memory"],
     "pipeline": ["-m", "tests.benchmarks.pipeline"],
+    "shards": ["-m", "tests.benchmarks.shards"],
     "api": ["-m", "tests.benchmarks.api"],
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import random
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from shared import audit, deliveries, jobs, workers
+from shared import audit, deliveries, jobs, shards, workers
 from shared.db import clock, new_id
 from shared.errors import InvalidImage, OutOfMemory
 from shared.jobs import Claim, JobInput, JobResult
@@ -35,6 +36,8 @@ class Day:
     done: str
     """A job that succeeded at its second attempt, with webhooks."""
     running: str
+    shared: str
+    """A large picture that three workers share."""
     failed: str
     waiting: str
 
@@ -105,8 +108,38 @@ def fill(site: Site, *, history: int = 150) -> Day:
     site.progress(_claim(site, running), 4, 9)
     with site.database.transaction() as session:
         workers.working_on(session, WORKER, running, now=clock(session))
+    shared = hand_in(site, shop, "mural.tif")
+    _share(site, shared)
     waiting = hand_in(site, shop, "wall-size.jpg", queue="gpu.interactive", device="gpu", scale=8)
-    return Day(operator, shop, done, running, failed, waiting)
+    return Day(operator, shop, done, running, shared, failed, waiting)
+
+
+def _share(site: Site, job_id: str) -> None:
+    """In 16 shards, of which some are made, some under way and one has cost a helper its memory."""
+    claim, job = _claim(site, job_id), site.job(job_id)
+    edges = [number * job.input_height // 48 for number in range(49)]
+    bands = [[[0, y, job.input_width, end - y] * 2] for y, end in itertools.pairwise(edges)]
+    with site.database.transaction() as session:
+        now = clock(session)
+        shards.begin(session, claim, [bands[first : first + 3] for first in range(0, 48, 3)], {})
+        workers_at = {WORKER: 3, "images-box-2-98-1b2c3d": 2, "images-box-3-99-2c3d4e": 0}
+        for worker_id, made in workers_at.items():
+            below = None
+            for number in range(made + 1):
+                taken = shards.claim_to_help(
+                    session, job_id, worker_id=worker_id, max_tries=3, lease_seconds=600, now=now, below=below
+                )
+                assert taken is not None
+                below = taken.position
+                if number < made:
+                    shards.made(session, taken, key=taken.part_name, bytes=1, facts={}, now=now)
+                else:
+                    shards.progress(
+                        session, taken, tiles_done=2, tiles_total=3, bands_done=2, lease_seconds=600, now=now
+                    )
+        failing = shards.claim_to_help(session, job_id, worker_id=WORKER, max_tries=3, lease_seconds=600, now=now)
+        assert failing is not None
+        shards.give_back(session, failing, OutOfMemory("A tile did not fit into 1 GB."))
 
 
 def hand_in(site: Site, key_id: str, name: str, **asked: object) -> str:

@@ -33,6 +33,7 @@ def pages_of(day: Day) -> dict[str, str]:
         "overview": "/admin",
         "jobs": "/admin/jobs",
         "job": f"/admin/jobs/{day.done}",
+        "shared": f"/admin/jobs/{day.shared}",
         "workers": "/admin/workers",
         "webhooks": "/admin/webhooks",
         "keys": "/admin/keys",

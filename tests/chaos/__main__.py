@@ -27,7 +27,7 @@ from shared.terminal import print_table
 from tests.chaos import run
 from tests.chaos.checker import check
 from tests.chaos.history import read
-from tests.chaos.world import World
+from tests.chaos.world import SHARED, World
 
 Row = tuple[str, str, str, str]
 """Promise, what was done, what happened, whether it was kept."""
@@ -99,9 +99,10 @@ def controls(folder: Path, *, seed: int, tell: Callable[[str], None]) -> dict[st
 def storm(folder: Path, *, seed: int, jobs: int, share: float, tell: Callable[[str], None]) -> dict[str, Any]:
     """Everything is broken, often, under load."""
     plan = {name: max(1, round(times * share)) for name, times in run.LONG.items()}
-    with World(folder, seed=seed, sql="postgresql", image_processes=3, tell=tell) as world:
+    with World(folder, seed=seed, sql="postgresql", image_processes=3, tell=tell, **SHARED) as world:
         run.submits_without_redis(world, count=50)
         run.storm(world, plan, jobs=jobs, poison=max(10, jobs // 150), longest_fault_seconds=1.5)
+        run.lose_helpers(world, kills=max(1, round(10 * share)), stops=max(1, round(5 * share)))
         tell("Nothing is broken any more; the rest is waited for.")
         world.settle()
         violations = [str(violation) for violation in check(world.history)]
@@ -152,6 +153,12 @@ def judge_storm(made: dict[str, Any]) -> list[Row]:
             f"{made['stops_in_mid_job']} SIGSTOPs of twice the lease in mid-job",
             f"{broken['G2']} double effects or wrong changes; {made['late_writes_refused']} late writes refused",
             _yes(not broken["G2"] and made["late_writes_refused"] > 0),
+        ),
+        (
+            "G2",
+            f"{made['shards_made']} shards of shared pictures, {made['helpers_lost']} helpers killed or stopped in one",
+            f"{made['shards_taken_again']} made by another after all; results as by one worker",
+            _yes(not broken["G2"] and made["helpers_lost"] > 0),
         ),
         (
             "G4",

@@ -46,7 +46,7 @@ def check(history: Iterable[Line]) -> list[Violation]:
         lines[line["what"]].append(line)
     return [
         violation
-        for rule in (_answers, _accepted, _arrows, _effects, _failures, _cancels, _events, _deploys)
+        for rule in (_answers, _accepted, _arrows, _effects, _shards, _failures, _cancels, _events, _deploys)
         for violation in rule(lines)
     ]
 
@@ -147,6 +147,28 @@ def _effects(lines: dict[str, list[Line]]) -> Iterator[Violation]:
     for picture, made in results.items():
         if len(made) > 1:
             yield Violation("G2", picture, f"the same picture has come to {len(made)} different results: {dict(made)}")
+
+
+def _shards(lines: dict[str, list[Line]]) -> Iterator[Violation]:
+    """A shard is made once, by whoever has it, and a joined result has the rows of each once."""
+    states = {line["id"]: line["state"] for line in lines["job"]}
+    for line in lines["shard"]:
+        subject = f"{line['job']}, shard {line['position']}"
+        if line["new_number"] is None:
+            if states.get(line["job"]) == JobState.SUCCEEDED and not line["old_made"]:
+                yield Violation("G2", subject, "was not made when its job succeeded")
+            continue
+        if line["old_made"]:
+            yield Violation("G2", subject, "was made, and was written again")
+        if line["new_made"] and not line["part"].endswith(f"-{line['new_number']}.part"):
+            yield Violation("G2", subject, f"is of try {line['new_number']}, and was made as {line['part']}")
+    alone = {line["picture"]: line["pixels_sha256"] for line in lines["picture"]}
+    pictures = {line["key"]: line["picture"] for line in lines["submit"]}
+    pixels = {line["key"]: line["pixels_sha256"] for line in lines["blob"]}
+    for job in lines["job"]:
+        expected, found = alone.get(pictures.get(job["key"])), pixels.get(job["result_key"])
+        if expected is not None and found is not None and found != expected:
+            yield Violation("G2", job["id"], "its result is not the picture that one worker makes")
 
 
 def _failures(lines: dict[str, list[Line]]) -> Iterator[Violation]:

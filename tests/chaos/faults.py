@@ -51,7 +51,7 @@ def kill_image_process(world: World, _seconds: float) -> dict[str, Any]:
         if holders := world.holders():
             return kill_holder(world, world.chance.choice(holders))
         if time.monotonic() - began > WAIT_FOR_A_JOB_SECONDS and (pids := world.image_processes()):
-            _kill(world.chance.choice(pids))
+            kill_process(world.chance.choice(pids))
             return {"killed": 1}
         threading.Event().wait(0.02)
     return {"killed": 0}
@@ -60,7 +60,7 @@ def kill_image_process(world: World, _seconds: float) -> dict[str, Any]:
 def kill_holder(world: World, holder: tuple[int, str, int]) -> dict[str, Any]:
     pid, job_id, attempt = holder
     at = datetime.now(UTC)
-    _kill(pid)
+    kill_process(pid)
     world.history.record("kill", kind="image process", job=job_id, attempt=attempt, moment=at)
     return {"killed": 1}
 
@@ -69,7 +69,7 @@ def kill_image_worker(world: World, _seconds: float) -> dict[str, Any]:
     """The main process and with it all of its children, as when a container is gone."""
     holders = world.holders()
     at = datetime.now(UTC)
-    _kill(world.stack.process("images").pid)
+    kill_process(world.stack.process("images").pid)
     for _, job_id, attempt in holders:
         world.history.record("kill", kind="image worker", job=job_id, attempt=attempt, moment=at)
     return {"killed": 1}
@@ -78,7 +78,7 @@ def kill_image_worker(world: World, _seconds: float) -> dict[str, Any]:
 def kill_api_process(world: World, _seconds: float) -> dict[str, Any]:
     """One of gunicorn's workers, with the requests that it is answering."""
     world.wait_until(lambda: _children(world.stack.process("api").pid), seconds=LONGEST_WAIT_SECONDS)
-    _kill(world.chance.choice(_children(world.stack.process("api").pid)))
+    kill_process(world.chance.choice(_children(world.stack.process("api").pid)))
     return {"killed": 1}
 
 
@@ -187,7 +187,7 @@ def possible(world: World) -> list[str]:
     return [name for name in FAULTS if not (name.endswith(" sql") and "sql" not in world.servers)]
 
 
-def _kill(pid: int) -> None:
+def kill_process(pid: int) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
 

@@ -9,8 +9,11 @@ The checker reads nothing else, so that a run can be judged again from its file.
     fault     kind, and facts of its own                          something was broken on purpose
     kill      kind job attempt moment                             SIGKILL to the process that held this attempt
     change    job old_state new_state old_attempt new_attempt     SQL's own trigger saw this arrow, in this order
+    shard     job position old_number new_number old_made         the same of shards: taken (another number), made, or
+              new_made part                                       gone with the job (no new number)
     job, attempt, delivery                                        the rows at the end
-    blob      key sha256                                          a result in storage at the end
+    blob      key sha256 pixels_sha256                            a result in storage at the end
+    picture   picture pixels_sha256                               what one worker by itself makes of such a picture
 """
 
 from __future__ import annotations

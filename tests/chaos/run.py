@@ -8,12 +8,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from shared.models import JobState
+from shared.queries import IMAGE_QUEUES
 from shared.settings import Settings
 from tests.chaos.checker import Violation, check, recoveries
-from tests.chaos.faults import inflict, kill_holder, possible
+from tests.chaos.faults import inflict, kill_holder, kill_process, possible
 from tests.chaos.history import History
 from tests.chaos.proxy import MODES
 from tests.chaos.world import SHORT_LIVES, World
@@ -58,6 +61,9 @@ LONG: Plan = {
 }
 KINDS = ("small",) * 6 + ("middle",) * 3 + ("long",)
 
+HELP_TRIES = 5
+"""So many pictures are handed in for one helper to be lost, at most: now and then one is made before help comes."""
+
 WITHOUT_REDIS = tuple(mode for mode in MODES if mode != "pass")
 
 
@@ -92,6 +98,40 @@ def submits_without_redis(world: World, *, count: int, modes: Sequence[str] = WI
         took[mode] = [line["seconds"] for line in lines]
         world.history.record("measure", name=f"submit, Redis: {mode}", seconds=took[mode])
     return took
+
+
+def lose_helpers(world: World, *, kills: int, stops: int) -> None:
+    """Of pictures that several processes share, one that helps is killed, or sleeps for twice the lease, in the middle
+    of a shard. Hands in a picture for each, once nothing else waits: helping is for whoever is idle. For a world with
+    SHARED settings."""
+    world.wait_for_customers()
+    for kind in ["kill helper"] * kills + ["stop helper"] * stops:
+        for _ in range(HELP_TRIES):
+            world.rest()
+            # Messages of jobs that have ended: help would wait behind them.
+            world.wait_until(lambda: not any(world.redis.llen(queue) for queue in IMAGE_QUEUES), seconds=240)
+            if _lost_a_helper(world, kind):
+                break
+
+
+def _lost_a_helper(world: World, kind: str) -> bool:
+    """False where the picture was made before anybody helped."""
+    job_id = world.submit("wide")
+    found: list[int] = []
+
+    def is_helped() -> bool:
+        found.extend(world.helpers(job_id))
+        return bool(found) or world.states([job_id])[JobState.SUCCEEDED] > 0
+
+    world.wait_until(is_helped, seconds=240)
+    killed = int(bool(found) and kind.startswith("kill"))
+    if killed:
+        kill_process(found[0])
+    elif found:
+        world.in_background(partial(world.sleep, found[0], 2 * world.settings.lease_seconds))
+    world.history.record("fault", kind=kind, killed=killed, helped=bool(found), job=job_id)
+    world.tell(f"{kind} of {job_id}{'' if found else ': nobody helped'}")
+    return bool(found)
 
 
 def kill_in_mid_job(world: World, *, kills: int) -> None:
@@ -182,6 +222,11 @@ def figures(history: History) -> dict[str, Any]:
         "kills": sum(line.get("killed", 0) for line in faults),
         "kills_in_mid_job": len(history.lines("kill")),
         "poisonous": len({line["key"] for line in history.lines("submit") if line["picture"] == "poison"}),
+        "shards_made": sum(line["new_made"] for line in history.lines("shard")),
+        "shards_taken_again": sum(
+            (line["new_number"] or 0) > 1 and not line["new_made"] for line in history.lines("shard")
+        ),
+        "helpers_lost": sum(line["helped"] for line in faults if line["kind"].endswith(" helper")),
         "stops_in_mid_job": sum(line["kind"] == "stop image process" and line["stopped"] for line in faults),
         "wipes": sum(line.get("wiped", 0) for line in faults),
         "deploys": sum(line["kind"].startswith("deploy") for line in faults),

@@ -31,7 +31,16 @@ def good() -> list[Line]:
         attempt("j1", 1, "lost", "2026-03-04T05:06:07+00:00"),
         attempt("j1", 2, "succeeded", "2026-03-04T05:06:30+00:00"),
         *(attempt("j2", number, "lost", "2026-03-04T05:06:07+00:00") for number in (1, 2, 3)),
-        {"what": "blob", "key": "jobs/j1/xyz/result-2.png", "sha256": "aa"},
+        {"what": "blob", "key": "jobs/j1/xyz/result-2.png", "sha256": "aa", "pixels_sha256": "pp"},
+        {"what": "picture", "picture": "small", "pixels_sha256": "pp"},
+        # It was shared: of the first shard a worker was lost, and another has made it.
+        *(shard("j1", 0, number, number + 1) for number in (0, 1)),
+        shard("j1", 1, 0, 1),
+        *(
+            shard("j1", position, tries, tries, part=f"000{position}-{tries}.part")
+            for position, tries in ((1, 1), (0, 2))
+        ),
+        *(shard("j1", position, tries, None, made_before=True) for position, tries in ((0, 2), (1, 1))),
         delivery("d1", "j1", "job.succeeded", "delivered", tries_used=2),
         delivery("d2", "j2", "job.failed", "abandoned", tries_used=3),
         heard("d1", "job.succeeded", "j1", answered=500),
@@ -81,6 +90,21 @@ def attempt(job_id: str, number: int, outcome: str | None, started_at: str) -> L
         "outcome": outcome,
         "started_at": started_at,
         "finished_at": None if outcome is None else "2026-03-04T05:07:00+00:00",
+    }
+
+
+def shard(
+    job_id: str, position: int, old: int, new: int | None, *, part: str | None = None, made_before: bool = False
+) -> Line:
+    return {
+        "what": "shard",
+        "job": job_id,
+        "position": position,
+        "old_number": old,
+        "new_number": new,
+        "old_made": made_before,
+        "new_made": part is not None,
+        "part": part,
     }
 
 
@@ -157,6 +181,11 @@ def test_nothing_is_wrong_with_a_good_history() -> None:
         (lambda h: drop(h, "delivery", id="d1"), "G2", "owes {}"),
         # One picture, two results.
         (lambda h: h.extend(another_result_of_the_same_picture()), "G2", "different results"),
+        # Shards: a late worker's part, one made twice, one missing, and rows that are not where they belong.
+        (lambda h: change(h, "shard", {"part": "0000-2.part"}, part="0000-1.part"), "G2", "is of try 2"),
+        (lambda h: h.append(shard("j1", 1, 1, 2, part="0001-2.part", made_before=True)), "G2", "written again"),
+        (lambda h: change(h, "shard", {"new_number": None, "position": 1}, old_made=False), "G2", "was not made"),
+        (lambda h: change(h, "blob", {}, pixels_sha256="qq"), "G2", "one worker makes"),
         # Jobs harmed by others, and poison that spreads.
         (lambda h: change(h, "job", {"id": "j2"}, error_code="internal"), "G8", "failed"),
         (lambda h: h.append(attempt("j2", 4, "lost", "2026-03-04T05:06:07+00:00")), "G8", "took 4 workers"),
@@ -194,7 +223,7 @@ def another_result_of_the_same_picture() -> list[Line]:
         *arrows("j3", "queued", "running", "succeeded"),
         job("j3", "k3", "succeeded", 1, result_key=key, result_sha256="bb"),
         attempt("j3", 1, "succeeded", "2026-03-04T05:06:07+00:00"),
-        {"what": "blob", "key": key, "sha256": "bb"},
+        {"what": "blob", "key": key, "sha256": "bb", "pixels_sha256": "pp"},
         delivery("d3", "j3", "job.succeeded", "delivered", tries_used=1),
         heard("d3", "job.succeeded", "j3", answered=204),
     ]

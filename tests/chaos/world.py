@@ -35,7 +35,7 @@ from standardwebhooks import Webhook, WebhookVerificationError
 
 from shared import stack as stack_module
 from shared.db import Database
-from shared.models import TERMINAL_STATES, Attempt, Delivery, DeliveryState, Job, JobState, Worker
+from shared.models import TERMINAL_STATES, Attempt, Delivery, DeliveryState, Job, JobState, Shard, Worker
 from shared.servers import Server, free_port, start_postgresql, start_redis, start_s3
 from shared.settings import Settings
 from shared.stack import Stack, prepare
@@ -78,8 +78,23 @@ SUBMIT_PATIENCE_SECONDS = 120.0
 CUSTOMERS = 8
 
 # Sides in px: one tile, some tiles, many tiles.
-SIZES = {"small": (8, 8), "middle": (72, 48), "long": (120, 96), "endless": (480, 360)}
+SIZES = {"small": (8, 8), "middle": (72, 48), "long": (120, 96), "wide": (240, 192), "endless": (480, 360)}
+SHARED: dict[str, Any] = {"split_above_px": 10_000, "shard_output_px": 24 * 120 * 4**2}
+"""Settings with which pictures from `long` on are shared: in shards of one band each."""
 
+_SHARDS = (
+    "CREATE TABLE chaos_shards (seq {serial}, job TEXT, position INTEGER, old_number INTEGER, new_number INTEGER,"
+    " old_made BOOLEAN, new_made BOOLEAN, part TEXT)"
+)
+_SHARD_MOVED = "OLD.number <> NEW.number OR OLD.finished_at IS NOT NULL OR NEW.finished_at IS NOT NULL"
+_SHARD_NOTE = (
+    "INSERT INTO chaos_shards (job, position, old_number, new_number, old_made, new_made, part) VALUES (NEW.job_id,"
+    " NEW.position, OLD.number, NEW.number, OLD.finished_at IS NOT NULL, NEW.finished_at IS NOT NULL, NEW.key)"
+)
+_SHARD_GONE = (
+    "INSERT INTO chaos_shards (job, position, old_number, old_made) VALUES (OLD.job_id, OLD.position, OLD.number,"
+    " OLD.finished_at IS NOT NULL)"
+)
 _WATCH = {
     "sqlite": [
         "CREATE TABLE chaos_changes (seq INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT, old_state TEXT, new_state TEXT,"
@@ -89,6 +104,9 @@ _WATCH = {
         "CREATE TRIGGER chaos_moved AFTER UPDATE OF state ON jobs BEGIN INSERT INTO chaos_changes"
         " (job, old_state, new_state, old_attempt, new_attempt)"
         " VALUES (NEW.id, OLD.state, NEW.state, OLD.attempt, NEW.attempt); END",
+        _SHARDS.format(serial="INTEGER PRIMARY KEY AUTOINCREMENT"),
+        f"CREATE TRIGGER chaos_shard_moved AFTER UPDATE ON shards WHEN {_SHARD_MOVED} BEGIN {_SHARD_NOTE}; END",
+        f"CREATE TRIGGER chaos_shard_gone AFTER DELETE ON shards BEGIN {_SHARD_GONE}; END",
     ],
     "postgresql": [
         "CREATE TABLE chaos_changes (seq BIGSERIAL PRIMARY KEY, job TEXT, old_state TEXT, new_state TEXT,"
@@ -99,6 +117,12 @@ _WATCH = {
         " ELSE INSERT INTO chaos_changes (job, old_state, new_state, old_attempt, new_attempt)"
         " VALUES (NEW.id, OLD.state, NEW.state, OLD.attempt, NEW.attempt); END IF; RETURN NULL; END $$",
         "CREATE TRIGGER chaos_watch AFTER INSERT OR UPDATE OF state ON jobs FOR EACH ROW EXECUTE FUNCTION chaos_note()",
+        _SHARDS.format(serial="BIGSERIAL PRIMARY KEY"),
+        "CREATE FUNCTION chaos_note_shard() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        f" IF TG_OP = 'DELETE' THEN {_SHARD_GONE};"
+        f" ELSIF {_SHARD_MOVED} THEN {_SHARD_NOTE}; END IF; RETURN NULL; END $$",
+        "CREATE TRIGGER chaos_watch_shards AFTER UPDATE OR DELETE ON shards"
+        " FOR EACH ROW EXECUTE FUNCTION chaos_note_shard()",
     ],
 }
 
@@ -320,6 +344,23 @@ class World:
             ).all()
         return [(row.pid, row.id, row.attempt) for row in rows if self._is_image_process(row.pid)]
 
+    def helpers(self, job_id: str) -> list[int]:
+        """The pid of each image process that is in the middle of a shard of the job, which another one holds."""
+        with self.database.reading() as session:
+            pids = session.scalars(
+                select(Worker.pid)
+                .join(Shard, Shard.worker_id == Worker.id)
+                .join(Job, Job.id == Shard.job_id)
+                .where(
+                    Job.id == job_id,
+                    Job.state == JobState.RUNNING,
+                    Job.worker_id != Worker.id,
+                    Shard.finished_at.is_(None),
+                    Shard.lease_until.is_not(None),
+                )
+            ).all()
+        return [pid for pid in pids if self._is_image_process(pid)]
+
     def image_processes(self) -> list[int]:
         with self.database.reading() as session:
             pids = session.scalars(select(Worker.pid).where(Worker.kind == "images", Worker.stopped_at.is_(None))).all()
@@ -411,6 +452,12 @@ class World:
         with self.database.reading() as session:
             for row in session.execute(text("SELECT * FROM chaos_changes ORDER BY seq")).mappings():
                 record("change", **{name: value for name, value in row.items() if name != "seq"})
+            for row in session.execute(text("SELECT * FROM chaos_shards ORDER BY seq")).mappings():
+                facts = {name: value for name, value in row.items() if name != "seq"}
+                # SQLite has no booleans.
+                record("shard", **facts | {name: bool(facts[name]) for name in ("old_made", "new_made")})
+            for kind in SIZES:
+                record("picture", picture=kind, pixels_sha256=pixels_by_one_worker(kind))
             found = session.scalars(select(Job).order_by(Job.id)).all()
             for job in found:
                 record(
@@ -448,7 +495,8 @@ class World:
             if job.result_key:
                 file = io.BytesIO()
                 self.storage.get(job.result_key, file)
-                record("blob", key=job.result_key, sha256=hashlib.sha256(file.getvalue()).hexdigest())
+                sha256, pixels_sha256 = hashlib.sha256(file.getvalue()).hexdigest(), _pixels_sha256(file)
+                record("blob", key=job.result_key, sha256=sha256, pixels_sha256=pixels_sha256)
 
     def refused_late_writes(self) -> int:
         """How often a late worker was told that its attempt is over: by the images' own log."""
@@ -520,6 +568,18 @@ def picture(kind: str) -> bytes:
 
 
 _pictures: dict[str, bytes] = {}
+
+
+def pixels_by_one_worker(kind: str) -> str:
+    """What a single worker makes of `picture(kind)`, with a network that repeats pixels: SHA-256 of its pixels."""
+    with Image.open(io.BytesIO(picture(kind))) as image:
+        larger = image.resize((image.width * 4, image.height * 4), Image.Resampling.NEAREST)
+    return hashlib.sha256(larger.tobytes()).hexdigest()
+
+
+def _pixels_sha256(file: io.BytesIO) -> str:
+    with Image.open(file) as image:
+        return hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
 
 
 @contextmanager

@@ -79,6 +79,30 @@ def test_a_job_is_shared_and_every_shard_is_taken_once(database: Database, now: 
         assert [row.key for row in shards.of_job(session, job.id)] == ["0000-1.part", "0001-1.part"]
 
 
+def test_workers_go_on_below_what_they_have_made_and_part_what_is_left(database: Database, now: datetime) -> None:
+    with database.transaction() as session:
+        job = a_job(session, a_key(session, now), now)
+        claim = a_claim(session, job.id, now)
+        shards.begin(session, claim, [[[TILE]]] * 8, TERMS)
+
+        def taken(below: int | None = None) -> int | None:
+            found = shards.claim_to_help(
+                session, job.id, worker_id="w", max_tries=3, lease_seconds=20, now=now, below=below
+            )
+            if found is not None and below is not None:
+                # What was above is made by now.
+                session.get_one(Shard, (job.id, below)).finished_at = now
+                session.flush()
+            return None if found is None else found.position
+
+        # The first comes from the top; the second takes the lower half of what is left to it.
+        assert [taken(), taken()] == [0, 4]
+        assert [taken(0), taken(4), taken(5), taken(6)] == [1, 5, 6, 7]
+        # Under the last there is nothing: it helps above, behind whoever comes down there.
+        assert taken(7) == 3
+        assert [taken(1), taken(3)] == [2, None]
+
+
 def test_a_late_worker_can_neither_finish_nor_touch_the_shard_of_its_successor(
     database: Database, now: datetime
 ) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -262,6 +263,13 @@ executor.set_limit(0)
 executor.set_limit(0.2)
 sum(range(10**12))
 """
+
+
+def test_a_worker_is_stopped_also_while_a_lost_child_is_being_replaced() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    worker = SimpleNamespace(pool=SimpleNamespace(info={"processes": [None, child.pid]}))
+    worker_app._signal_children(worker, signal.SIGKILL)
+    assert child.wait(30) == -signal.SIGKILL
 
 
 def test_an_image_process_is_ended_at_its_limit_also_in_the_middle_of_one_c_call() -> None:

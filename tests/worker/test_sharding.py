@@ -259,8 +259,11 @@ def test_a_large_job_is_shared_and_looks_like_any_other(
     def help() -> None:
         seen.append(bench.job(job_id))
         helped.append(bench.helper.help(job_id))
+        # From the middle down, so that each of the two goes on below its own; the picture is decoded once.
         assert bench.parts(job_id) == [
-            f"{jobs.parts_prefix(bench.job(job_id).blob_prefix)}0001-1.part{more}" for more in ("", ".npy")
+            f"{jobs.parts_prefix(bench.job(job_id).blob_prefix)}{position:04}-1.part{more}"
+            for position in (1, 2, 3)
+            for more in ("", ".npy")
         ]
 
     bench.at_call(2, help)
@@ -326,7 +329,7 @@ def test_a_helper_that_is_lost_costs_its_shard(bench: SharedBench) -> None:
                 session, job_id, worker_id="lost", max_tries=3, lease_seconds=0.2, now=clock(session)
             )
         assert taken is not None
-        assert taken.position == 1
+        assert taken.position == 2
 
     bench.at_call(1, vanish)
     assert isinstance(bench.executor.run(job_id), Succeeded)
@@ -343,8 +346,13 @@ def test_the_loss_of_the_worker_that_holds_the_job_costs_its_shard(bench: Shared
         bench.executor._database = _Gone()  # type: ignore[assignment]
         raise SystemExit(1)
 
-    # In the middle of the third shard, the second being a helper's.
-    bench.at_call(4, lambda: bench.helper.help(job_id))
+    def help_once() -> None:
+        bench.helper.ask_to_stop()
+        assert bench.helper.help(job_id) == Helped()
+        bench.helper._stopping.clear()
+
+    # In the middle of its second shard; the helper has made one, the third from the top.
+    bench.at_call(4, help_once)
     executor_database = bench.executor._database
     helped = bench.before_call
 
@@ -357,7 +365,7 @@ def test_the_loss_of_the_worker_that_holds_the_job_costs_its_shard(bench: Shared
     bench.executor._settings = bench.settings.model_copy(update={"lease_seconds": 0.5})
     bench.executor.run(job_id)
     bench.executor._database = executor_database
-    assert [shard.finished_at is not None for shard in bench.shards(job_id)] == [True, True, False, False]
+    assert [shard.finished_at is not None for shard in bench.shards(job_id)] == [True, False, True, False]
 
     bench.lose(job_id)
     assert bench.job(job_id).state == JobState.QUEUED
@@ -399,8 +407,11 @@ def test_a_cancel_in_the_middle_leaves_no_part_behind(bench: SharedBench) -> Non
     outcomes: list[object] = []
 
     def help_and_cancel() -> None:
+        # After its first shard it is asked to stop, and goes no further.
+        bench.helper.ask_to_stop()
         bench.helper.help(job_id)
         assert len(bench.parts(job_id)) == 2 * 2
+        bench.helper._stopping.clear()
 
         def cancel_within() -> None:
             with bench.database.transaction() as session:
@@ -443,7 +454,7 @@ def test_a_late_helpers_part_does_not_stay(bench: SharedBench) -> None:
         # The helper is slow: its lease passes, and another worker takes the shard and makes it.
         def take() -> None:
             with bench.database.transaction() as session:
-                session.get_one(Shard, (job_id, 1)).lease_until = session.get_one(Job, job_id).created_at
+                session.get_one(Shard, (job_id, 2)).lease_until = session.get_one(Job, job_id).created_at
 
         bench.at_call(5, take)
         bench.helper.help(job_id)
@@ -452,9 +463,13 @@ def test_a_late_helpers_part_does_not_stay(bench: SharedBench) -> None:
     original = shards.made
 
     def made_by_another(session: Any, claim: shards.ShardClaim, **named: Any) -> None:
-        if claim.position == 1 and claim.number == 1:
+        if claim.position == 2 and claim.number == 1:
             # Somebody else comes between the helper's last tile and its record.
-            shards.claim_to_help(session, job_id, worker_id="w3", max_tries=3, lease_seconds=0.1, now=clock(session))
+            taken = shards.claim_to_help(
+                session, job_id, worker_id="w3", max_tries=3, lease_seconds=0.1, now=clock(session), below=1
+            )
+            assert taken is not None
+            assert taken.position == 2
         original(session, claim, **named)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -462,7 +477,7 @@ def test_a_late_helpers_part_does_not_stay(bench: SharedBench) -> None:
         assert isinstance(bench.executor.run(job_id), Succeeded)
     bench.assert_right(job_id)
     names = [key.rsplit("/", 1)[1] for key in bench.parts(job_id)]
-    assert "0001-1.part" not in names
+    assert "0002-1.part" not in names
     assert len(names) == 8
 
 
@@ -486,7 +501,7 @@ def test_what_a_helper_fails_at_is_the_jobs_own_error(bench: SharedBench) -> Non
     assert [type(each) for each in [*outcomes, outcome]] == [Retryable, Retryable]
     assert isinstance(outcome, Retryable)
     assert isinstance(outcome.error, OutOfMemory)
-    assert bench.shards(job_id)[1].error_code == "out-of-memory"
+    assert bench.shards(job_id)[2].error_code == "out-of-memory"
     assert network.calls > 2
 
     # It passes: the next attempt does what the helper could not.
@@ -559,6 +574,38 @@ def test_a_job_that_waits_comes_before_the_shards_of_another(bench: SharedBench)
     # The first is the executor's own, and was never asked for.
     assert given_back == [0, 1]
     bench.assert_right(large)
+
+
+def test_a_helper_goes_on_with_the_shard_below_until_a_job_waits(bench: SharedBench) -> None:
+    large = bench.hand_in()
+    made: list[int] = []
+
+    def help() -> None:
+        bench.at_call(9, bench.submit)
+        assert bench.helper.help(large) == Helped()
+        made.extend(row.position for row in bench.shards(large) if row.finished_at is not None)
+
+    bench.at_call(1, help)
+    assert isinstance(bench.executor.run(large), Succeeded)
+    assert made == [2, 3]
+    bench.assert_right(large)
+
+
+def test_a_helper_stops_where_the_shards_are_to_be_made_on_other_terms(bench: SharedBench) -> None:
+    job_id = bench.hand_in()
+
+    def help() -> None:
+        def begin_again() -> None:
+            with bench.database.transaction() as session:
+                session.get_one(Job, job_id).split = {**(session.get_one(Job, job_id).split or {}), "precise": False}
+
+        bench.at_call(5, begin_again)
+        assert bench.helper.help(job_id) == Helped()
+        assert [row.tries_used for row in bench.shards(job_id)] == [1, 0, 1, 0]
+
+    bench.at_call(1, help)
+    assert isinstance(bench.executor.run(job_id), Succeeded)
+    bench.assert_right(job_id)
 
 
 def test_a_drained_worker_does_not_help(bench: SharedBench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from worker.networks.rrdb import Rrdb
 from worker.networks.srresnet import SrResNet
 from worker.networks.strips import Graph, Strips
 from worker.tiling import plan_strips
-from worker.upscale import Repairs, enlarge, plan_work
+from worker.upscale import Descent, Repairs, enlarge, plan_work
 
 HALF_A_LEVEL = 0.5 / 255
 
@@ -209,11 +209,12 @@ def test_a_shard_in_strips_is_what_it_is_in_the_whole_to_one_level(
     spans = network.columns(width)
     whole_plan = plan_strips(width, height, band_px=width * 10, columns=spans)
     work = replace(plan_work(network, width, height, network.scale), plans=(whole_plan,))
-    whole = np.concatenate([rows.pixels for rows in enlarge(network, image, network.scale, work=work)]).astype(int)
+    rows_of_all = enlarge(network, image, network.scale, work=work, dtype=np.uint8)
+    whole = np.concatenate([rows.pixels for rows in rows_of_all]).astype(int)
     for first, last in ((1, 3), (len(whole_plan.bands) - 4, len(whole_plan.bands) - 2), (-2, None)):
         bands = whole_plan.bands[first:last]
         part = replace(work, plans=(replace(whole_plan, bands=bands),))
-        made = list(enlarge(network, image, network.scale, work=part))
+        made = list(enlarge(network, image, network.scale, work=part, dtype=np.uint8))
         top = bands[0].region.y * network.scale
         assert made[0].y_px == top
         pixels = np.concatenate([rows.pixels for rows in made])
@@ -221,6 +222,36 @@ def test_a_shard_in_strips_is_what_it_is_in_the_whole_to_one_level(
         difference = np.abs(pixels - whole[top : top + len(pixels)])
         assert difference.max() <= 1, f"{difference.max()}, mean {difference.mean()}, in bands {first} to {last}"
     assert bands[0].region.y > network.reach_px, "the last part was not begun at the top"
+
+    # Who goes on with the part below computes no row twice, and makes it to the bit.
+    descent, calls = Descent(), list[int]()
+    plain_rows = network.rows
+
+    def counted(given: Iterable[NDArray[np.float32]]) -> Iterator[torch.Tensor]:
+        calls.append(1)
+        return plain_rows(given)
+
+    monkeypatch.setattr(network, "rows", counted)
+    pieces = []
+    for first, last in ((0, 3), (3, 4), (4, None)):
+        part = replace(work, plans=(replace(whole_plan, bands=whole_plan.bands[first:last]),))
+        pieces += [
+            rows.pixels for rows in enlarge(network, image, network.scale, work=part, dtype=np.uint8, descent=descent)
+        ]
+    assert np.array_equal(np.concatenate(pieces), whole)
+    assert len(calls) == 1
+
+    # What breaks off a part leaves nothing to go on with.
+    part = replace(work, plans=(replace(whole_plan, bands=whole_plan.bands[:2]),))
+
+    def stop(_done: int, _total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(enlarge(network, image, network.scale, work=part, dtype=np.uint8, on_tile=stop, descent=descent))
+    made = list(enlarge(network, image, network.scale, work=part, dtype=np.uint8, descent=descent))
+    pixels = np.concatenate([rows.pixels for rows in made])
+    assert np.array_equal(pixels, whole[: len(pixels)])
 
 
 def test_what_watches_can_stop_within_a_strip() -> None:

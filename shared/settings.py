@@ -147,8 +147,9 @@ class Settings(BaseSettings):
     )
     models_dir: str = Field(
         "",
-        description="Folder of your own models (`.safetensors`, `.pth`, `.pt` of any network that spandrel reads), the "
-        "same for every worker; read when a worker starts. `enlarger doctor` says what is wrong with a file.",
+        description="Folder of your own models (`.safetensors`, `.pth`, `.pt` of any network that spandrel reads) on "
+        "a worker's host; read when a worker starts. Hosts may have different ones: a job goes where its model is. "
+        "`enlarger doctor` says what is wrong with a file.",
     )
 
     # Webhooks.

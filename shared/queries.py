@@ -19,7 +19,6 @@ from sqlalchemy import (
     and_,
     bindparam,
     case,
-    exists,
     func,
     literal,
     or_,
@@ -440,15 +439,15 @@ class QueueDepth:
 
 
 def queue_depths(session: Session, *, worker_lost_after_seconds: float, now: datetime) -> list[QueueDepth]:
-    """Each image queue: how many wait, since when, how many run, how many live workers serve it."""
-    waiting = {
-        row.queue: row
-        for row in session.execute(
-            select(Job.queue, func.count().label("queued"), func.min(Job.queued_at).label("oldest"))
-            .where(Job.state == JobState.QUEUED)
-            .group_by(Job.queue)
-        )
-    }
+    """Each image queue: how many wait, since when, how many run, how many live workers serve it.
+
+    Since when tells whether more workers would help: jobs for a model that none of those there has are left out of it.
+    """
+    waiting = session.execute(
+        select(Job.queue, Job.needs, func.count().label("queued"), func.min(Job.queued_at).label("oldest"))
+        .where(Job.state == JobState.QUEUED)
+        .group_by(Job.queue, Job.needs)
+    ).all()
     running = {
         row.queue: row.running
         for row in session.execute(
@@ -457,17 +456,26 @@ def queue_depths(session: Session, *, worker_lost_after_seconds: float, now: dat
     }
     workers = serving_workers(session, worker_lost_after_seconds=worker_lost_after_seconds, now=now)
     paused_at = {pause.queue: pause.paused_at for pause in session.scalars(select(QueuePause))}
-    return [
-        QueueDepth(
-            queue=queue,
-            queued=waiting[queue].queued if queue in waiting else 0,
-            oldest_seconds=(now - waiting[queue].oldest).total_seconds() if queue in waiting else None,
-            running=running.get(queue, 0),
-            live_workers=sum(queue in worker.queues for worker in workers),
-            paused_at=paused_at.get(queue),
+    depths = []
+    for queue in IMAGE_QUEUES:
+        serving = [worker for worker in workers if queue in worker.queues]
+        of_queue = [row for row in waiting if row.queue == queue]
+        takeable = [row.oldest for row in of_queue if not serving or _is_met(row.needs, serving)]
+        depths.append(
+            QueueDepth(
+                queue=queue,
+                queued=sum(row.queued for row in of_queue),
+                oldest_seconds=(now - min(takeable)).total_seconds() if takeable else None,
+                running=running.get(queue, 0),
+                live_workers=len(serving),
+                paused_at=paused_at.get(queue),
+            )
         )
-        for queue in IMAGE_QUEUES
-    ]
+    return depths
+
+
+def _is_met(needs: str, workers: Sequence[Worker]) -> bool:
+    return any(can_run(worker.models, needs) for worker in workers)
 
 
 def live_workers(session: Session, *, worker_lost_after_seconds: float, now: datetime) -> Sequence[Worker]:
@@ -506,10 +514,8 @@ def likely_next(
         job = session.scalar(
             select(Job)
             .where(
-                Job.state == JobState.QUEUED,
+                *due(now),
                 Job.queue == queue,
-                or_(Job.run_after.is_(None), Job.run_after <= now),
-                ~exists().where(QueuePause.queue == Job.queue),
                 *([] if runs is None else [Job.model.in_(runs), Job.needs.in_(("", *runs))]),
             )
             .order_by(Job.start_tag_px, Job.id)
@@ -527,7 +533,8 @@ def due(now: datetime | BindParameter[datetime]) -> list[ColumnElement[bool]]:
         Job.tries_used < Job.max_attempts,
         or_(Job.run_after.is_(None), Job.run_after <= now),
         or_(Job.deadline_at.is_(None), Job.deadline_at > now),
-        ~exists().where(QueuePause.queue == Job.queue),
+        # NOT IN and not NOT EXISTS: of that PostgreSQL expects so few rows that it reads and sorts the whole queue.
+        Job.queue.not_in(select(QueuePause.queue)),
     ]
 
 
@@ -563,14 +570,15 @@ def can_run(models: Collection[str] | None, needs: str) -> bool:
 def waits_for(session: Session, job: Job, *, worker_lost_after_seconds: float, now: datetime) -> str | None:
     """In words, why nobody will come for a queued job: no live worker has the model it needs. None where one has."""
     workers = serving_workers(session, worker_lost_after_seconds=worker_lost_after_seconds, now=now)
-    if any(job.queue in worker.queues and can_run(worker.models, job.needs) for worker in workers):
+    if _is_met(job.needs, [worker for worker in workers if job.queue in worker.queues]):
         return None
     return f"No live worker of {job.queue} has the model {job.needs}: the job waits until one does."
 
 
 @dataclass(frozen=True)
 class ForsakenModel:
-    """Jobs wait that need a model which no live worker of their queue has."""
+    """Jobs wait that need a model which none of the live workers of their queue has. (Where there are no workers at
+    all, that is what is wrong.)"""
 
     queue: str
     needs: str
@@ -588,11 +596,12 @@ def forsaken_models(session: Session, *, worker_lost_after_seconds: float, now: 
     if not waiting:
         return []
     workers = serving_workers(session, worker_lost_after_seconds=worker_lost_after_seconds, now=now)
-    return [
-        ForsakenModel(row.queue, row.needs, row.queued, (now - row.oldest).total_seconds())
-        for row in waiting
-        if not any(row.queue in worker.queues and can_run(worker.models, row.needs) for worker in workers)
-    ]
+    found = []
+    for row in waiting:
+        serving = [worker for worker in workers if row.queue in worker.queues]
+        if serving and not _is_met(row.needs, serving):
+            found.append(ForsakenModel(row.queue, row.needs, row.queued, (now - row.oldest).total_seconds()))
+    return found
 
 
 def tallies(session: Session, *, now: datetime, within_seconds: float = 600) -> Sequence[Row[Any]]:

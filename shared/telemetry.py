@@ -26,7 +26,10 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 METRICS: dict[str, tuple[str, str]] = {
     "enlarger_jobs": ("gauge", "Jobs by state."),
     "enlarger_queue_depth": ("gauge", "Queued jobs by image queue."),
-    "enlarger_queue_oldest_seconds": ("gauge", "Age of the oldest queued job by image queue."),
+    "enlarger_queue_oldest_seconds": (
+        "gauge",
+        "Age of the oldest queued job by image queue; of jobs in enlarger_forsaken_jobs it says nothing.",
+    ),
     "enlarger_queue_running": ("gauge", "Running jobs by image queue."),
     "enlarger_queue_live_workers": ("gauge", "Live workers by image queue; 0 with jobs queued needs a person."),
     "enlarger_forsaken_jobs": ("gauge", "Queued jobs whose model no live worker has, by queue and model."),

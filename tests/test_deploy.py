@@ -185,7 +185,7 @@ def test_every_alert_fires_when_it_should_and_not_otherwise() -> None:
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
-def test_promtool_takes_what_the_dashboard_asks(tmp_path: Path) -> None:
+def test_promtool_takes_what_the_dashboard_and_the_autoscaler_ask(tmp_path: Path) -> None:
     dashboard = json.loads((DEPLOY / "grafana" / "dashboards" / "enlarger.json").read_text())
 
     def checked(asked: list[str]) -> subprocess.CompletedProcess[str]:
@@ -195,7 +195,12 @@ def test_promtool_takes_what_the_dashboard_asks(tmp_path: Path) -> None:
         file.write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]}))
         return promtool("check", "rules", file)
 
-    ran = checked(expressions(dashboard))
+    scaling = [
+        trigger["metadata"]["query"]
+        for each in of_kind("ScaledObject").values()
+        for trigger in each["spec"]["triggers"]
+    ]
+    ran = checked([*expressions(dashboard), *scaling])
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert checked(["sum by (le (enlarger_jobs)"]).returncode != 0
 

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +38,26 @@ def test_docker_compose_reads_the_file_as_it_is_meant() -> None:
     assert ran.returncode == 0, ran.stderr
 
 
+def tool(name: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    """A program that was installed with the tests."""
+    return subprocess.run(
+        [Path(sys.executable).with_name(name), *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_compose_specification_takes_the_file(tmp_path: Path) -> None:
+    against = ("--builtin-schema", "vendor.compose-spec")
+    ran = tool("check-jsonschema", *against, "docker-compose.yml")
+    assert ran.returncode == 0, ran.stdout
+    broken = tmp_path / "docker-compose.yml"
+    broken.write_text((ROOT / "docker-compose.yml").read_text().replace("stop_grace_period:", "stop_grace:"))
+    assert tool("check-jsonschema", *against, broken).returncode == 1
+
+
 @pytest.mark.parametrize("room", ["api", "worker"])
 def test_hadolint_finds_nothing_in_a_dockerfile(room: str) -> None:
-    hadolint = shutil.which("hadolint")
-    if hadolint is None:
-        pytest.skip("there is no hadolint here")
     # DL3008: a compiler's tool that stays in a stage of its own needs no pin. DL3003: one `cd`, in one command.
-    ran = subprocess.run(
-        [hadolint, "--ignore", "DL3008", "--ignore", "DL3003", ROOT / room / "Dockerfile"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    ran = tool("hadolint", "--ignore", "DL3008", "--ignore", "DL3003", ROOT / room / "Dockerfile")
     assert ran.returncode == 0, ran.stdout
 
 

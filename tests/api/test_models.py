@@ -17,6 +17,7 @@ from shared.db import Database, new_id
 from shared.models import Job, Worker
 from shared.workers import WorkerFacts
 from tests.api.conftest import Api, Caller
+from tests.api.test_pages import sign_in
 from tests.factories import a_png
 
 MINE = catalog.ModelCard(
@@ -106,6 +107,37 @@ def test_a_job_whose_model_went_away_with_its_host_says_so(api: Api, caller: Cal
     assert caller.submit(model="mine").json["waits_for"] == after.json["waits_for"]
     metrics = api.caller("admin").get("/metrics").text
     assert 'enlarger_forsaken_jobs{model="mine",queue="cpu.interactive"} 2.0' in metrics
+
+
+def test_operators_see_what_hosts_have_and_where_it_differs(api: Api, caller: Caller) -> None:
+    offer(api.database, MINE)
+    offer(api.database, replace(MINE, weights=OwnFile("/models/mine.pth", "ab" * 32)), host="host-2")
+    with api.database.transaction() as session:
+        for worker, (runtime, speed) in zip(
+            session.scalars(select(Worker).order_by(Worker.host)),
+            (("ncnn", 1_234_000), ("torch", 560_000)),
+            strict=True,
+        ):
+            worker.models_loaded = ["srgan"]
+            worker.speeds = {"srgan": {"runtime": runtime, "pixels_per_second": speed}}
+    client = api.app.test_client()
+    sign_in(client, api, "operator")
+    page = client.get("/admin/workers").text
+    assert "Hosts have different models named mine." in page
+    assert "abababababab on host-2; efefefefefef on host-1" in page
+    assert "ncnn, 1.23 MP/s in" in page
+    assert "torch, 0.56 MP/s in" in page
+    assert page.count("its own: mine") == 2
+    # One that nobody has any more: on the overview, and on the page of the job that waits for it.
+    job_id = caller.submit(model="mine").json["id"]
+    with api.database.transaction() as session:
+        for worker in session.scalars(select(Worker)):
+            worker.models = ["srgan"]
+    assert "No live worker of cpu.interactive has the model mine." in client.get("/admin").text
+    assert (
+        "No live worker of cpu.interactive has the model mine: the job waits"
+        in client.get(f"/admin/jobs/{job_id}").text
+    )
 
 
 def test_a_network_that_enlarges_nothing_is_not_asked_to(api: Api, caller: Caller) -> None:

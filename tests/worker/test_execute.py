@@ -1163,8 +1163,7 @@ def test_a_process_looks_lost_when_the_lease_of_its_attempt_has_passed(bench: Be
     seen = []
 
     def look(_: int) -> None:
-        lifeline = bench.executor._lifeline
-        assert lifeline is not None
+        [lifeline] = bench.executor._lifelines
         seen.append(bench.executor._is_alive())
         lifeline._lease_ends = 0.0
         seen.append(bench.executor._is_alive())

@@ -569,6 +569,8 @@ def _facts(job: Job) -> list[tuple[str, str]]:
     ]
     if view.get("queue_position"):
         facts.append(("in line", str(view["queue_position"])))
+    if view.get("waits_for"):
+        facts.append(("waits for", str(view["waits_for"])))
     if job.result is not None:
         facts.append(("result", f"{_size(job.result)} {job.result['format']}, {job.result['bytes']:,} bytes"))
     facts += [("shows", f"{label['label']} {label['probability']:.1%}") for label in view.get("labels") or ()]

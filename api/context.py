@@ -6,9 +6,13 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from sqlalchemy.orm import Session
+
 from api.limits import RateLimits
 from api.zooms import Zooms
-from shared.db import Database
+from shared import queries
+from shared.db import Database, clock
+from shared.models import Job, JobState
 from shared.outbox import Broker, Hurrier
 from shared.outgoing import GuardedClient
 from shared.sandbox import Sandbox
@@ -56,6 +60,13 @@ class Context:
     """Where pictures' headers are read."""
     traces: Traces
     zooms: Zooms
+
+    def waits_for(self, session: Session, job: Job) -> str | None:
+        """In words, why nobody will come for a queued job; None where somebody may. Asks nothing of most jobs."""
+        if job.state != JobState.QUEUED or not job.needs:
+            return None
+        lost_after_seconds = self.settings.worker_lost_after_seconds
+        return queries.waits_for(session, job, worker_lost_after_seconds=lost_after_seconds, now=clock(session))
 
     def warm_up(self) -> None:
         """Loads what the first request would have to wait for; connects to nothing."""

@@ -26,7 +26,7 @@ from api.context import Context
 from api.health import Servers
 from api.operations import VERBS
 from api.web import as_pages
-from shared import audit, catalog, figures, keys, queries, shards, thumbnails
+from shared import audit, catalog, figures, keys, own_models, queries, shards, thumbnails
 from shared.db import clock
 from shared.errors import DatabaseUnavailable, InvalidRequest, NotFound, TooManyStreams
 from shared.figures import WINDOWS, Spans
@@ -89,6 +89,7 @@ def blueprint(context: Context, servers: Servers) -> Blueprint:
         return {
             "counts": queries.counts_by_state(session),
             "queues": queries.queue_depths(session, worker_lost_after_seconds=lost_after_seconds, now=now),
+            "forsaken_models": queries.forsaken_models(session, worker_lost_after_seconds=lost_after_seconds, now=now),
             "lapsed": queries.lapsed_leases(session, now=now),
             "deliveries_pending": queries.deliveries_pending(session),
             "storage": remembered.get("storage", lambda: queries.storage_used(session)),
@@ -131,6 +132,7 @@ def blueprint(context: Context, servers: Servers) -> Blueprint:
         return {
             "job": found,
             "queue_position": queries.queue_position(session, found),
+            "waits_for": context.waits_for(session, found),
             "attempts": [AttemptLine.of(found, attempt, now) for attempt in tried],
             "shards": charts.shard_map(
                 shards.of_job(session, job_id) if found.split is not None else [],
@@ -150,6 +152,8 @@ def blueprint(context: Context, servers: Servers) -> Blueprint:
         return {
             "workers": [line for line in lines if line.status != "stopped"],
             "stopped": [line for line in lines if line.status == "stopped"],
+            "clashes": own_models.clashes(session, worker_lost_after_seconds=lost_after_seconds, now=now),
+            "own": own_models.by_worker(session),
             "queues": queries.queue_depths(session, worker_lost_after_seconds=lost_after_seconds, now=now),
         }
 

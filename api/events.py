@@ -70,7 +70,8 @@ def stream(
                 said = ""
                 if kinds:
                     job = queries.owned_job(session, job_id, owner_key_id)
-                    view = queries.job_view(job, queue_position=pulse.queue_position)
+                    waits_for = context.waits_for(session, job)
+                    view = queries.job_view(job, queue_position=pulse.queue_position, waits_for=waits_for)
                     said = "".join(_event(kind, pulse.version, view) for kind in kinds)
             if said:
                 yield said

@@ -94,6 +94,9 @@ def _metrics(context: Context) -> Response:
         workers = queries.live_workers(
             session, worker_lost_after_seconds=context.settings.worker_lost_after_seconds, now=now
         )
+        forsaken = queries.forsaken_models(
+            session, worker_lost_after_seconds=context.settings.worker_lost_after_seconds, now=now
+        )
         lapsed = queries.lapsed_leases(session, now=now)
         ended = queries.ended_by_state(session, since=now - timedelta(hours=1))
         pending = queries.deliveries_pending(session)
@@ -107,6 +110,7 @@ def _metrics(context: Context) -> Response:
         "enlarger_queue_oldest_seconds": [({"queue": d.queue}, d.oldest_seconds or 0.0) for d in depths],
         "enlarger_queue_running": [({"queue": d.queue}, d.running) for d in depths],
         "enlarger_queue_live_workers": [({"queue": d.queue}, d.live_workers) for d in depths],
+        "enlarger_forsaken_jobs": [({"queue": f.queue, "model": f.needs}, f.queued) for f in forsaken],
         "enlarger_live_workers": [({"kind": kind}, alive[kind]) for kind in ("images", "chores", "relay", "api")],
         "enlarger_lapsed_leases": [({}, lapsed)],
         "enlarger_jobs_ended_hour": [({"state": state}, count) for state, count in ended.items()],

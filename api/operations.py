@@ -391,13 +391,17 @@ def _run_again(context: Context, caller: Caller, job: Job, now: datetime, noted:
         with context.database.transaction() as session:
             now = clock(session)
             gpu_alive = queries.gpu_is_alive(
-                session, worker_lost_after_seconds=settings.worker_lost_after_seconds, now=now
+                session,
+                worker_lost_after_seconds=settings.worker_lost_after_seconds,
+                needs=job.needs,
+                now=now,
             )
             options = JobOptions(
                 model=job.model,
                 scale=job.scale,
                 format=job.format,
                 queue=queries.image_queue(job.device, job.priority, gpu_alive=gpu_alive),
+                needs=job.needs,
                 routing_reason="run again by an operator",
                 classify=job.classify,
                 quality=job.quality,

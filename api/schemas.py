@@ -354,6 +354,7 @@ class JobView(Answered):
                     "finished_at": "2026-01-31T12:00:02.900Z",
                     "expires_at": "2026-02-07T12:00:02.900Z",
                     "queue_position": None,
+                    "waits_for": None,
                     "progress": {
                         "fraction": 1.0,
                         "phase": "done",
@@ -394,6 +395,11 @@ class JobView(Answered):
     queue_position: int | None = Field(
         description="1 is next; grows when a job comes before it whose key has had less of the workers. In lists "
         "always null."
+    )
+    waits_for: str | None = Field(
+        None,
+        description="Why nobody comes for a queued job, in words: no live worker has its model. Null where somebody "
+        "will, and in lists.",
     )
     progress: Progress
     input: InputView
@@ -517,6 +523,11 @@ class ModelView(Answered):
     sha256: str | None = Field(description="Of the weights at `scale`; null where there are none.")
     is_default: bool
     loaded_on: list[str] = Field(description="Devices of live workers that hold it in memory.")
+    workers: int = Field(
+        0,
+        description="Live worker processes that can run it. With 0 a job is taken and waits; a model of one's own "
+        "is offered for five minutes after the last worker that had it was heard of.",
+    )
 
 
 class ModelPage(Answered):

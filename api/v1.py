@@ -66,7 +66,7 @@ from shared import (
     renditions,
     thumbnails,
 )
-from shared.catalog import ModelCard
+from shared.catalog import ModelCard, OwnFile
 from shared.db import clock, new_id
 from shared.errors import (
     BlobMissing,
@@ -97,7 +97,7 @@ from shared.errors import (
     UploadRejected,
 )
 from shared.jobs import JobOptions
-from shared.models import Batch, Delivery, Endpoint, Job, JobState, Rendition
+from shared.models import Batch, Delivery, Endpoint, Job, JobState, Rendition, Worker
 from shared.queries import JobFilter, Pulse
 from shared.storage import content_disposition
 from shared.telemetry import log
@@ -112,6 +112,9 @@ BATCH_SECONDS = 120.0
 ASSUMED_MEGAFLOPS_PER_SECOND = 60_000.0
 # Upscaling is the most of a job, not all of it; and the slowest of twenty takes about this much longer than the middle.
 ASSUMED_OVERHEAD_SECONDS = 0.3
+
+FORSAKEN = "-forsaken"
+"""Ends the tag of a job that nobody will come for."""
 ASSUMED_P95_OVER_P50 = 2.0
 
 SUBMIT_PROBLEMS: tuple[type[EnlargerError], ...] = (
@@ -178,10 +181,10 @@ def accept(
         stored = uploads.store(context, caller.key_id, source, _aim(wanted, card), now=_now(context))
         with _discarded_on_error(context, [stored]), context.database.transaction() as session:
             now = clock(session)
-            queue = _queue(context, session, wanted.device, wanted.priority, now=now)
+            queue = _queue(context, session, wanted.device, wanted.priority, needs=_needs(card), now=now)
             options = _options(context, wanted, card, stored, queue=queue)
             job = _submit(context, session, caller, options, stored, now=now)
-            view: dict[str, Any] = queries.job_view(job, queue_position=queries.queue_position(session, job))
+            view: dict[str, Any] = _view(context, session, job)
             reservation.finish(session, status=202, body=view, location=f"/v1/jobs/{job.id}")
     _announce(context, caller, job)
     return view
@@ -216,11 +219,15 @@ def create_preview(context: Context, caller: Caller) -> Response:
             now = clock(session)
             crop = _crop(wanted.crop, stored.facts.width, stored.facts.height)
             pixels = crop["width"] * crop["height"]
+            # Where its model is not there a cell says so, and the others come: of all that there are, or of several of
+            # one's own that no host has together.
+            needs = next(filter(None, map(_needs, cards)), "") if wanted.models is not None else ""
             options = JobOptions(
                 model=catalog.PREVIEW,
                 scale=wanted.scale,
                 format="png",
-                queue=_queue(context, session, wanted.device, wanted.priority, now=now),
+                queue=_queue(context, session, wanted.device, wanted.priority, needs=needs, now=now),
+                needs=needs,
                 routing_reason="a preview: the models are named in it",
                 device=wanted.device,
                 priority=wanted.priority,
@@ -232,7 +239,7 @@ def create_preview(context: Context, caller: Caller) -> Response:
                 preview={"crop": crop, "models": [card.name for card in cards]},
             )
             job = _submit(context, session, caller, options, stored, now=now)
-            view: dict[str, Any] = queries.job_view(job, queue_position=queries.queue_position(session, job))
+            view: dict[str, Any] = _view(context, session, job)
             reservation.finish(session, status=202, body=view, location=f"/v1/jobs/{job.id}")
     _announce(context, caller, job)
     return _accepted(context, caller, view)
@@ -275,7 +282,7 @@ def create_batch(context: Context, caller: Caller) -> Response:
             )
             session.add(batch)
             session.flush()
-            queue = _queue(context, session, settings.device, settings.priority, now=now)
+            queue = _queue(context, session, settings.device, settings.priority, needs=_needs(card), now=now)
             made = []
             for one, name in zip(stored, names, strict=True):
                 wanted = settings.model_copy(update={"external_id": name or settings.external_id})
@@ -335,14 +342,12 @@ def get_job(context: Context, caller: Caller, job_id: str) -> Response:
     """With `Prefer: wait=N` the answer comes when the job has ended; with `If-None-Match` beside it, when anything has
     changed."""
     known = request.if_none_match
-    waited_seconds = _wait(
-        context,
-        caller,
-        job_id,
-        lambda pulse: (
-            pulse.is_finished or (bool(known) and not known.contains(_etag(pulse.version, pulse.queue_position)))
-        ),
-    )
+
+    def is_news(pulse: Pulse) -> bool:
+        tag = _etag(pulse.version, pulse.queue_position)
+        return bool(known) and not (known.contains(tag) or known.contains(f"{tag}{FORSAKEN}"))
+
+    waited_seconds = _wait(context, caller, job_id, lambda pulse: pulse.is_finished or is_news(pulse))
     view, tag = _view_and_tag(context, caller, job_id)
     response = _empty(304) if known.contains(tag) else jsonify(view)
     response.set_etag(tag)
@@ -400,7 +405,7 @@ def retry_job(context: Context, caller: Caller, job_id: str) -> Response:
     with context.database.transaction() as session:
         queries.owned_job(session, job_id, caller.key_id)
         job = jobs.retry(session, job_id, now=clock(session))
-        view = queries.job_view(job, queue_position=queries.queue_position(session, job))
+        view = _view(context, session, job)
     context.hurrier.publish(outbox.message_of(job))
     log.info("job.retried", job_id=job_id, key_id=caller.key_id)
     return _json(view, 202, location=f"/v1/jobs/{job_id}")
@@ -682,8 +687,8 @@ def get_batch(context: Context, caller: Caller, batch_id: str) -> Response:
 @operation("GET", "/v1/models", "List the models", tag="models", answer=ModelPage)
 def list_models(context: Context, _caller: Caller) -> Response:
     """What `model` may be, with the devices that hold each at present."""
-    loaded = _loaded_on(context)
-    return _page([_model_view(card, loaded) for card in (*catalog.CARDS, *_own(context))], None)
+    workers = _image_workers(context)
+    return _page([_model_view(card, workers) for card in (*catalog.CARDS, *_own(context))], None)
 
 
 @operation("GET", "/v1/models/{name}", "Look at a model", tag="models", answer=ModelView)
@@ -693,7 +698,7 @@ def get_model(context: Context, _caller: Caller, name: str) -> Response:
         card = catalog.card(name, _own(context))
     except ModelUnavailable as error:
         raise NotFound(error.detail, **error.facts) from error
-    return jsonify(_model_view(card, _loaded_on(context)))
+    return jsonify(_model_view(card, _image_workers(context)))
 
 
 @operation(
@@ -739,7 +744,8 @@ def create_estimate(context: Context, caller: Caller) -> Response:
     format = pictures.output_format(wanted.format, wanted.input_format, width, height, lossless=wanted.lossless)
     with context.database.reading() as session:
         now = clock(session)
-        queue = _queue(context, session, wanted.device, wanted.priority, now=now)
+        needs = _needs(card)
+        queue = _queue(context, session, wanted.device, wanted.priority, needs=needs, now=now)
         expected_seconds = _expected_seconds(card, scale, facts.pixels)
         history = queries.run_history(
             session, card.name, device=queue.partition(".")[0], expected_seconds=expected_seconds
@@ -749,10 +755,11 @@ def create_estimate(context: Context, caller: Caller) -> Response:
             queue,
             worker_lost_after_seconds=settings.worker_lost_after_seconds,
             now=now,
-            before_tag_px=queries.start_tag_px(session, caller.key_id, queue),
+            before_tag_px=queries.start_tag_px(session, caller.key_id, queue, needs),
+            needs=needs,
         )
         alive = queries.serving_workers(session, worker_lost_after_seconds=settings.worker_lost_after_seconds, now=now)
-        serving = sum(queue in worker.queues for worker in alive)
+        serving = sum(queue in worker.queues and queries.can_run(worker.models, needs) for worker in alive)
     megapixels = width * height / 1e6
     if history.p50_seconds is not None and history.p95_seconds is not None:
         basis, p50, p95 = "history", history.p50_seconds, history.p95_seconds
@@ -1015,9 +1022,14 @@ def _resolved(context: Context, wanted: JobSettings) -> ModelCard:
     return card
 
 
-def _own(context: Context) -> Sequence[ModelCard]:
+def _own(context: Context, name: str | None = None) -> Sequence[ModelCard]:
     with context.database.reading() as session:
-        return own_models.offered(session)
+        return own_models.offered(session, now=clock(session), name=name)
+
+
+def _needs(card: ModelCard) -> str:
+    """What a worker must have that not every worker has: the model, where it is one of one's own."""
+    return card.name if isinstance(card.weights, OwnFile) else ""
 
 
 def _card(context: Context, name: str) -> ModelCard:
@@ -1028,7 +1040,9 @@ def _card(context: Context, name: str) -> ModelCard:
     try:
         return catalog.card(name)
     except ModelUnavailable:
-        return catalog.card(name, _own(context))
+        named = _own(context, name)
+        # Where there is none, all that there are are named.
+        return catalog.card(name, named or _own(context))
 
 
 def _previewed(context: Context, wanted: PreviewRequest) -> list[ModelCard]:
@@ -1123,6 +1137,7 @@ def _options(
         scale=scale,
         format=stored.format,
         queue=queue,
+        needs=_needs(card),
         routing_reason="asked for by name" if by_name else catalog.AUTO_DECIDED_LATER,
         classify=wanted.classify,
         quality=wanted.quality,
@@ -1158,9 +1173,9 @@ def _submit(
     )
 
 
-def _queue(context: Context, session: Session, device: str, priority: str, *, now: datetime) -> str:
+def _queue(context: Context, session: Session, device: str, priority: str, *, needs: str, now: datetime) -> str:
     gpu_alive = device == "auto" and queries.gpu_is_alive(
-        session, worker_lost_after_seconds=context.settings.worker_lost_after_seconds, now=now
+        session, worker_lost_after_seconds=context.settings.worker_lost_after_seconds, needs=needs, now=now
     )
     return queries.image_queue(device, priority, gpu_alive=gpu_alive)
 
@@ -1198,8 +1213,15 @@ def _wait(context: Context, caller: Caller, job_id: str, until: Callable[[Pulse]
 def _view_and_tag(context: Context, caller: Caller, job_id: str) -> tuple[dict[str, Any], str]:
     with context.database.reading() as session:
         job = queries.owned_job(session, job_id, caller.key_id)
-        position = queries.queue_position(session, job)
-    return queries.job_view(job, queue_position=position), _etag(job.version, position)
+        view = _view(context, session, job)
+    # What a pulse tells, and behind it what it does not.
+    tag = _etag(job.version, view["queue_position"])
+    return view, f"{tag}{FORSAKEN}" if view["waits_for"] else tag
+
+
+def _view(context: Context, session: Session, job: Job) -> dict[str, Any]:
+    position = queries.queue_position(session, job)
+    return queries.job_view(job, queue_position=position, waits_for=context.waits_for(session, job))
 
 
 def _etag(version: int, queue_position: int | None) -> str:
@@ -1282,20 +1304,15 @@ def _stem(job: Job) -> str:
     return PurePosixPath(job.input_name or "").stem or job.id
 
 
-def _loaded_on(context: Context) -> Mapping[str, set[str]]:
-    """model -> kinds of devices that hold it in memory now."""
-    loaded: dict[str, set[str]] = {}
+def _image_workers(context: Context) -> Sequence[Worker]:
     with context.database.reading() as session:
-        workers = queries.live_workers(
+        alive = queries.live_workers(
             session, worker_lost_after_seconds=context.settings.worker_lost_after_seconds, now=clock(session)
         )
-    for worker in workers:
-        for name in worker.models_loaded:
-            loaded.setdefault(name, set()).add(worker.device or "cpu")
-    return loaded
+    return [worker for worker in alive if worker.kind == "images"]
 
 
-def _model_view(card: ModelCard, loaded: Mapping[str, set[str]]) -> dict[str, Any]:
+def _model_view(card: ModelCard, workers: Sequence[Worker]) -> dict[str, Any]:
     return {
         "name": card.name,
         "scale": card.scale,
@@ -1310,7 +1327,8 @@ def _model_view(card: ModelCard, loaded: Mapping[str, set[str]]) -> dict[str, An
         "origin": card.origin,
         "sha256": None if card.weights is None else card.weights.sha256,
         "is_default": card.name == catalog.DEFAULT_MODEL,
-        "loaded_on": sorted(loaded.get(card.name, ())),
+        "loaded_on": sorted({worker.device or "cpu" for worker in workers if card.name in worker.models_loaded}),
+        "workers": sum(queries.can_run(worker.models, card.name) for worker in workers),
     }
 
 

@@ -6,6 +6,8 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
 
 from shared.errors import InvalidRequest, ModelUnavailable
 
@@ -334,8 +336,39 @@ AUTO_PLANNED_AS = "real-esrgan-anime"
 """Whose scale and cost `auto` is planned with until then. All that it may come to are x4."""
 
 
+AUTO_COMES_TO = ("srgan", "srresnet", "real-esrgan", "real-esrgan-anime")
+"""Every card that `auto` may come to."""
+
+
 PREVIEW = "preview"
 """The model of a job that runs a crop through several."""
+
+
+def runnable() -> tuple[str, ...]:
+    """What may be asked for by name and can be run with the packages of this machine, `auto` and `preview` among it.
+
+    Looks whether the files of weights are there, and reads none: their hashes are checked when they are loaded.
+    """
+    there = [each.name for each in CARDS if all(_is_there(one.weights) for one in each.at_each_scale)]
+    auto = [AUTO] if set(AUTO_COMES_TO) <= set(there) else []
+    # Of a preview, a cell whose model is not there says so, and the others come all the same.
+    return (*there, *auto, PREVIEW)
+
+
+def _is_there(weights: WeightsSource | OwnFile | None) -> bool:
+    if not isinstance(weights, WeightsSource):
+        return True
+    path = file_of(weights)
+    return path is not None and path.is_file()
+
+
+def file_of(weights: WeightsSource) -> Path | None:
+    """Where the file of an installed package would lie; None where there is no such package. Imports none of it."""
+    try:
+        spec = find_spec(weights.package)
+    except ModuleNotFoundError:
+        return None
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent / weights.path
 
 
 def card(name: str, own: Sequence[ModelCard] = ()) -> ModelCard:

@@ -48,6 +48,12 @@ POSTGRESQL_SILENCE_SECONDS = 12
 # A worker that freezes between its UPDATE and its COMMIT holds its job's row, and rescue passes over held rows. The
 # server lets go of it before the lease that this very UPDATE has renewed (20 s) can pass.
 POSTGRESQL_IDLE_TRANSACTION_SECONDS = 10
+POSTGRESQL_OPTIONS = {
+    "statement_timeout": f"{POSTGRESQL_STATEMENT_TIMEOUT_SECONDS}s",
+    "lock_timeout": f"{POSTGRESQL_STATEMENT_TIMEOUT_SECONDS}s",
+    "idle_in_transaction_session_timeout": f"{POSTGRESQL_IDLE_TRANSACTION_SECONDS}s",
+    "timezone": "UTC",
+}
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -81,7 +87,10 @@ class Database:
     """One engine and its two kinds of transaction. Make one per process, in `app.py`; after a fork, make another."""
 
     def __init__(self, url: str) -> None:
-        self.url = make_url(url)
+        """`url` may end in `?pooled=transaction` where PgBouncer, or a pool like it, gives each transaction another
+        connection to the server: then nothing is kept in a connection that must be there in the next transaction."""
+        given = make_url(url)
+        self.url = given.difference_update_query(["pooled"])
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         if self.is_sqlite:
             self.engine = create_engine(
@@ -90,20 +99,23 @@ class Database:
             event.listen(self.engine, "connect", _prepare_sqlite)
             event.listen(self.engine, "begin", _begin_sqlite)
         else:
+            is_pooled = given.query.get("pooled") == "transaction"
+            # A pool refuses options, and statements that are prepared in one connection are missed in the next.
+            of_connection = (
+                {"prepare_threshold": None}
+                if is_pooled
+                else {"options": " ".join(f"-c {name}={value}" for name, value in POSTGRESQL_OPTIONS.items())}
+            )
             self.engine = create_engine(
                 self.url,
                 pool_pre_ping=True,
                 pool_size=10,
                 max_overflow=40,
-                connect_args={
-                    "connect_timeout": POSTGRESQL_CONNECT_TIMEOUT_SECONDS,
-                    "options": f"-c statement_timeout={POSTGRESQL_STATEMENT_TIMEOUT_SECONDS * 1000}"
-                    f" -c lock_timeout={POSTGRESQL_STATEMENT_TIMEOUT_SECONDS * 1000}"
-                    f" -c idle_in_transaction_session_timeout={POSTGRESQL_IDLE_TRANSACTION_SECONDS * 1000}"
-                    " -c timezone=UTC",
-                },
+                connect_args={"connect_timeout": POSTGRESQL_CONNECT_TIMEOUT_SECONDS, **of_connection},
             )
             event.listen(self.engine, "do_connect", _connect_impatiently)
+            if is_pooled:
+                event.listen(self.engine, "begin", _begin_pooled)
         event.listen(self.engine, "before_cursor_execute", _statement_begins)
         event.listen(self.engine, "after_cursor_execute", _statement_ends)
         self._reading_engine = self.engine.execution_options(enlarger_reading=True)
@@ -222,6 +234,12 @@ def _begin_sqlite(connection: Connection) -> None:
     # with "database is locked", which no busy timeout can wait for.
     reading = connection.get_execution_options().get("enlarger_reading", False)
     connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+
+
+def _begin_pooled(connection: Connection) -> None:
+    # In one statement, and for this transaction alone.
+    told = ", ".join(f"set_config('{name}', '{value}', true)" for name, value in POSTGRESQL_OPTIONS.items())
+    connection.exec_driver_sql(f"SELECT {told}")
 
 
 def clock(session: Session) -> datetime:

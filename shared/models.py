@@ -82,6 +82,8 @@ class Job(Row):
         Index("ix_jobs_owner_key_id_input_sha256", "owner_key_id", "input_sha256"),
         # Who is next, and how many are before whom.
         Index("ix_jobs_state_queue_start_tag_px_id", "state", "queue", "start_tag_px", "id"),
+        # The same of the jobs that have one need: workers that cannot run what is next pass over any number of them.
+        Index("ix_jobs_state_queue_needs_start_tag_px_id", "state", "queue", "needs", "start_tag_px", "id"),
         Index("ix_jobs_state_lease_until", "state", "lease_until"),
         Index("ix_jobs_state_finished_at", "state", "finished_at"),
         Index("ix_jobs_state_id", "state", "id"),
@@ -111,6 +113,9 @@ class Job(Row):
     priority: Mapped[str] = mapped_column(String(12))
     queue: Mapped[str] = mapped_column(String(40))
     """The image queue its message goes to; changed where memory runs out on a GPU, or where no GPU is left."""
+    needs: Mapped[str] = mapped_column(String(100), server_default="", default="")
+    """The model that its worker must have and not every worker has: one of one's own, or one that some worker was
+    found to lack. Empty where any worker will do."""
     output_px: Mapped[int] = mapped_column(BigInteger, server_default="0")
     """Of the result as it was asked for: what a key's share of the workers is measured in."""
     start_tag_px: Mapped[int] = mapped_column(BigInteger, server_default="0")
@@ -396,6 +401,11 @@ class Worker(Row):
     """Since when an operator wants it to take no more jobs; what it runs it finishes."""
     usage: Mapped[dict[str, float] | None] = mapped_column(JSON)
     """As it last beat: `cpu_share` (1.0 is one core), `memory_bytes`, `gpu_share`, `vram_bytes`, `vram_total_bytes`."""
+    models: Mapped[list[str] | None] = mapped_column(JSON)
+    """Of an image worker: every model that it can run. None where it has not said: whatever is asked for."""
+    speeds: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    """Of an image worker, for each network it holds: the `runtime` that was measured to be the fastest on its host, and
+    the input px that it does a second (`pixels_per_second`)."""
     tallies: Mapped[list[Any] | None] = mapped_column(JSON)
     """What it has counted (`telemetry.Samples`), as of `seen_at`."""
 
@@ -441,8 +451,20 @@ class AuditEntry(Row):
     detail: Mapped[dict[str, Any]] = mapped_column(JSON)
 
 
+class WorkerModel(Row):
+    """A model of one's own that a worker has, as it found the file when it started. Goes with the worker's row."""
+
+    __tablename__ = "worker_models"
+
+    worker_id: Mapped[str] = mapped_column(ForeignKey("workers.id", ondelete="CASCADE"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(100), primary_key=True, index=True)
+    sha256: Mapped[str] = mapped_column(String(64))
+    """Of the file: hosts may have different ones of the same name."""
+    card: Mapped[dict[str, Any]] = mapped_column(JSON)
+
+
 class OwnModel(Row):
-    """A model of one's own, as the worker that started last found it."""
+    """A model of one's own as workers up to revision 0008 write it down: while such are alive, and for no longer."""
 
     __tablename__ = "own_models"
 

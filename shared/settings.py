@@ -39,7 +39,9 @@ class Settings(BaseSettings):
     database_url: str = Field(
         "",
         repr=False,  # may carry a password
-        description="SQLAlchemy URL; empty is SQLite in `data_dir`. PostgreSQL: `postgresql+psycopg://user:password@host/name`.",
+        description="SQLAlchemy URL; empty is SQLite in `data_dir`. PostgreSQL: "
+        "`postgresql+psycopg://user:password@host/name`, with `?pooled=transaction` behind it where that address is "
+        "PgBouncer's, in transaction mode.",
     )
     redis_url: str = Field(
         "redis://127.0.0.1:6379/0", repr=False, description="Redis that carries messages; holds no truth."
@@ -147,8 +149,9 @@ class Settings(BaseSettings):
     )
     models_dir: str = Field(
         "",
-        description="Folder of your own models (`.safetensors`, `.pth`, `.pt` of any network that spandrel reads), the "
-        "same for every worker; read when a worker starts. `enlarger doctor` says what is wrong with a file.",
+        description="Folder of your own models (`.safetensors`, `.pth`, `.pt` of any network that spandrel reads) on "
+        "a worker's host; read when a worker starts. Hosts may have different ones: a job goes where its model is. "
+        "`enlarger doctor` says what is wrong with a file.",
     )
 
     # Webhooks.

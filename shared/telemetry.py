@@ -26,9 +26,13 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 METRICS: dict[str, tuple[str, str]] = {
     "enlarger_jobs": ("gauge", "Jobs by state."),
     "enlarger_queue_depth": ("gauge", "Queued jobs by image queue."),
-    "enlarger_queue_oldest_seconds": ("gauge", "Age of the oldest queued job by image queue."),
+    "enlarger_queue_oldest_seconds": (
+        "gauge",
+        "Age of the oldest queued job by image queue; of jobs in enlarger_forsaken_jobs it says nothing.",
+    ),
     "enlarger_queue_running": ("gauge", "Running jobs by image queue."),
     "enlarger_queue_live_workers": ("gauge", "Live workers by image queue; 0 with jobs queued needs a person."),
+    "enlarger_forsaken_jobs": ("gauge", "Queued jobs whose model no live worker has, by queue and model."),
     "enlarger_live_workers": ("gauge", "Live processes by kind: images, chores, relay, api."),
     "enlarger_lapsed_leases": ("gauge", "Running jobs whose lease has passed; the relay takes them back in seconds."),
     "enlarger_jobs_ended_hour": ("gauge", "Jobs that ended within the last hour, by state."),
@@ -126,9 +130,9 @@ tallies = Tallies()
 # Every field that a line may have beside those of the log itself; tests/shared/test_telemetry.py holds the code to it.
 _FIELDS = """
     attempt batch_id blobs bytes code delivery_id detail device drained error expired fault job_id jobs key_id kind
-    messages method model module outcome path pause_seconds prefix prefixes queue queues reason record_id removals
-    request_id seconds shard shards signal state status step strays threads timings traceparent try_number type unsent
-    wait_seconds well worker worker_id workers_forgotten
+    lacks messages method model models module outcome path pause_seconds prefix prefixes queue queues reason
+    record_id removals request_id seconds shard shards signal state status step strays threads timings traceparent
+    try_number type unsent wait_seconds well worker worker_id workers_forgotten
 """
 FIELDS = frozenset(_FIELDS.split())
 _OF_THE_LOG = frozenset({"event", "level", "timestamp", "exc_info", "exception", "stack", "stack_info", "logger"})

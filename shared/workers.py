@@ -1,7 +1,7 @@
 """Who works: the rows of worker processes, and the thread that keeps a process's own row fresh.
 
-A row says that its process is alive, what it runs and which queues it serves. It decides where `auto` jobs go and what
-the dashboard shows. It decides nothing about a job: that is the lease's business.
+A row says that its process is alive, what it runs and which queues it serves. It decides where `auto` jobs go, which
+models are offered and what the dashboard shows. It decides nothing about a job: that is the lease's business.
 
 Beside the row each beat leaves a file on this host, which `enlarger alive` reads: who supervises a container must learn
 that a process hangs, and must not start it afresh because SQL is away.
@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import case, delete, func, insert, literal, select, update
 from sqlalchemy.orm import Session
@@ -49,16 +50,24 @@ class WorkerFacts:
     device: str | None = None
     """cpu or gpu, of image workers."""
     device_name: str | None = None
+    models: tuple[str, ...] | None = None
+    """What an image worker can run (`catalog.runnable` and its own); None: whatever is asked for."""
 
 
 def this_process(
-    kind: str, *, queues: Sequence[str] = (), device: str | None = None, device_name: str | None = None
+    kind: str,
+    *,
+    queues: Sequence[str] = (),
+    device: str | None = None,
+    device_name: str | None = None,
+    models: Sequence[str] | None = None,
 ) -> WorkerFacts:
     """The facts of the process that calls, under an id no other process has had: hosts use process ids again."""
     host = socket.gethostname()[:_HOST_NAME_KEPT]
     pid = os.getpid()
     worker_id = f"{kind}-{host}-{pid}-{secrets.token_hex(3)}"
-    return WorkerFacts(worker_id, kind, host, pid, tuple(queues), device, device_name)
+    runs = None if models is None else tuple(models)
+    return WorkerFacts(worker_id, kind, host, pid, tuple(queues), device, device_name, runs)
 
 
 def enlist(
@@ -80,6 +89,7 @@ def enlist(
             device_name=facts.device_name,
             queues=list(facts.queues),
             models_loaded=list(models_loaded),
+            models=None if facts.models is None else list(facts.models),
             tallies=samples,
             started_at=now,
             seen_at=now,
@@ -95,10 +105,11 @@ def seen(
     now: datetime,
     usage: Mapping[str, float] | None = None,
     samples: Samples | None = None,
+    speeds: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> bool:
     """The process is alive, and has counted these. One UPDATE. False where it has no row (yet, or any more)."""
     told = None if usage is None else dict(usage)
-    values = {"models_loaded": list(models_loaded), "usage": told, "tallies": samples}
+    values = {"models_loaded": list(models_loaded), "usage": told, "tallies": samples, "speeds": speeds}
     return _change(session, worker_id, seen_at=now, **values)
 
 
@@ -181,6 +192,7 @@ class Presence:
         is_alive: Callable[[], bool] = lambda: True,
         models_loaded: Callable[[], Sequence[str]] = tuple,
         usage: Callable[[], Mapping[str, float] | None] = lambda: None,
+        speeds: Callable[[], Mapping[str, Mapping[str, Any]] | None] = lambda: None,
         on_enlist: Callable[[Session, datetime], None] = lambda _session, _now: None,
     ) -> None:
         """`is_alive` is asked before each beat: a process that hangs in its work must come to look lost. `on_enlist`
@@ -190,7 +202,7 @@ class Presence:
         self._interval_seconds = interval_seconds
         self._is_alive = is_alive
         self._models_loaded = models_loaded
-        self._usage = usage
+        self._usage, self._speeds = usage, speeds
         self._on_enlist = on_enlist
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="presence", daemon=True)
@@ -229,9 +241,9 @@ class Presence:
             with self._database.transaction() as session:
                 now = clock(session)
                 models = self._models_loaded()
-                samples = tallies.samples()
-                if not seen(session, self.facts.id, models_loaded=models, usage=usage, samples=samples, now=now):
-                    enlist(session, self.facts, models_loaded=models, samples=samples, now=now)
+                told: dict[str, Any] = {"models_loaded": models, "samples": tallies.samples()}
+                if not seen(session, self.facts.id, **told, usage=usage, speeds=self._speeds(), now=now):
+                    enlist(session, self.facts, **told, now=now)
                     self._on_enlist(session, now)
         except DatabaseUnavailable as error:
             log.warning("worker.not_seen", worker_id=self.facts.id, detail=error.detail)

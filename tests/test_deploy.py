@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +38,26 @@ def test_docker_compose_reads_the_file_as_it_is_meant() -> None:
     assert ran.returncode == 0, ran.stderr
 
 
+def tool(name: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    """A program that was installed with the tests."""
+    return subprocess.run(
+        [Path(sys.executable).with_name(name), *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_compose_specification_takes_the_file(tmp_path: Path) -> None:
+    against = ("--builtin-schema", "vendor.compose-spec")
+    ran = tool("check-jsonschema", *against, "docker-compose.yml")
+    assert ran.returncode == 0, ran.stdout
+    broken = tmp_path / "docker-compose.yml"
+    broken.write_text((ROOT / "docker-compose.yml").read_text().replace("stop_grace_period:", "stop_grace:"))
+    assert tool("check-jsonschema", *against, broken).returncode == 1
+
+
 @pytest.mark.parametrize("room", ["api", "worker"])
 def test_hadolint_finds_nothing_in_a_dockerfile(room: str) -> None:
-    hadolint = shutil.which("hadolint")
-    if hadolint is None:
-        pytest.skip("there is no hadolint here")
     # DL3008: a compiler's tool that stays in a stage of its own needs no pin. DL3003: one `cd`, in one command.
-    ran = subprocess.run(
-        [hadolint, "--ignore", "DL3008", "--ignore", "DL3003", ROOT / room / "Dockerfile"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    ran = tool("hadolint", "--ignore", "DL3008", "--ignore", "DL3003", ROOT / room / "Dockerfile")
     assert ran.returncode == 0, ran.stdout
 
 
@@ -145,7 +154,11 @@ def test_the_operators_page_says_what_each_alert_means() -> None:
 def test_labels_that_alerts_and_dashboards_ask_for_are_those_of_the_metric() -> None:
     kinds = {"kind", "worker", "le"}
     labels = {name: {*counted.labels, *kinds} for name, counted in COUNTED.items()}
-    labels |= {"enlarger_jobs_ended_hour": {"state"}, "enlarger_live_workers": {"kind"}}
+    labels |= {
+        "enlarger_jobs_ended_hour": {"state"},
+        "enlarger_live_workers": {"kind"},
+        "enlarger_forsaken_jobs": {"queue", "model"},
+    }
     dashboard = json.loads((DEPLOY / "grafana" / "dashboards" / "enlarger.json").read_text())
     alerts = (DEPLOY / "prometheus" / "alerts.yml").read_text()
     for name, selector in re.findall(r"\b(enlarger_[a-z_]+)\{([^{}]+)\}", " ".join([alerts, *expressions(dashboard)])):
@@ -154,14 +167,51 @@ def test_labels_that_alerts_and_dashboards_ask_for_are_those_of_the_metric() -> 
         assert asked <= labels.get(metric, {"queue"}), (name, selector)
 
 
-def test_promtool_takes_the_rules() -> None:
-    promtool = shutil.which("promtool")
-    if promtool is None:
+def promtool(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    tool = shutil.which("promtool")
+    if tool is None:
         pytest.skip("there is no promtool here (Debian's package `prometheus` has it)")
-    ran = subprocess.run(
-        [promtool, "check", "rules", DEPLOY / "prometheus" / "alerts.yml"], capture_output=True, text=True, check=False
-    )
-    assert ran.returncode == 0, ran.stderr
+    return subprocess.run([tool, *words], capture_output=True, text=True, check=False)
+
+
+def test_promtool_takes_the_rules_and_the_configuration() -> None:
+    folder = DEPLOY / "prometheus"
+    ran = promtool("check", "rules", folder / "alerts.yml")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    # Its file with the key is there in the container only.
+    ran = promtool("check", "config", "--syntax-only", folder / "prometheus.yml")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_every_alert_fires_when_it_should_and_not_otherwise() -> None:
+    said = yaml.safe_load((ROOT / "tests" / "alerts.yml").read_text())["tests"]
+    quiet, *others = [{each["alertname"]: each.get("exp_alerts") for each in test["alert_rule_test"]} for test in said]
+    rules = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text())["groups"][0]["rules"]
+    names = {rule["alert"] for rule in rules}
+    assert set(quiet) == names
+    assert {name for test in others for name, fired in test.items() if fired} == names
+    ran = promtool("test", "rules", ROOT / "tests" / "alerts.yml")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_promtool_takes_what_the_dashboard_and_the_autoscaler_ask(tmp_path: Path) -> None:
+    dashboard = json.loads((DEPLOY / "grafana" / "dashboards" / "enlarger.json").read_text())
+
+    def checked(asked: list[str]) -> subprocess.CompletedProcess[str]:
+        # It reads rules only: each question as one that records its answer.
+        rules = [{"record": f"enlarger:asked:{number}", "expr": each} for number, each in enumerate(asked)]
+        file = tmp_path / "asked.yml"
+        file.write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]}))
+        return promtool("check", "rules", file)
+
+    scaling = [
+        trigger["metadata"]["query"]
+        for each in of_kind("ScaledObject").values()
+        for trigger in each["spec"]["triggers"]
+    ]
+    ran = checked([*expressions(dashboard), *scaling])
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert checked(["sum by (le (enlarger_jobs)"]).returncode != 0
 
 
 # --- Kubernetes -----------------------------------------------------------------------------------------------------

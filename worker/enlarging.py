@@ -217,6 +217,16 @@ class Engine:
         """Names of the cards whose networks are loaded. Any thread may ask."""
         return tuple(self._networks)
 
+    @property
+    def speeds(self) -> dict[str, dict[str, Any]]:
+        """Of each network that is loaded and calibrated: its runtime, and the input px it does a second. Any thread may
+        ask."""
+        return {
+            name: {"runtime": network.runtime, "pixels_per_second": round(network.pixels_per_second())}
+            for name, network in self._networks.items()
+            if network.is_calibrated
+        }
+
     def decode(self, source: BinaryIO, watch: Watch) -> Picture:
         """The picture in `source`. Raises UploadRejected."""
         facts = self._decoder.inspect(source)

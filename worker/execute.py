@@ -29,7 +29,7 @@ import structlog
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from shared import jobs, own_models, queries, shards, workers
+from shared import catalog, jobs, own_models, queries, shards, workers
 from shared.catalog import ModelCard
 from shared.db import Database, clock
 from shared.errors import (
@@ -76,9 +76,9 @@ TRACE_SECONDS = 5.0
 CLAIM_TRIES = 5
 """So often a claim tries again that met other workers at every job that is due."""
 
-DRAINED_LOOK_SECONDS = 1.0
-"""A drained worker looks this often whether it may work again ..."""
-DRAINED_SPELL_SECONDS = 1200.0
+HELD_LOOK_SECONDS = 1.0
+"""A worker that holds a message looks this often whether there is something for it to do ..."""
+HELD_SPELL_SECONDS = 1200.0
 """... and ends the task it waits in after this: the broker gives a message that is held for two hours to another."""
 
 # An attempt's process ends at its limit. That is the last net, far above what the plan expects: the lease and the
@@ -484,8 +484,10 @@ class Executor:
         self._attempts = ThreadPoolExecutor(2, "attempt")
         self._finishing: list[Future[Outcome]] = []
         self._is_drained = False
+        self._lacks = False
+        """Jobs waited at the last look, and this process can run none of them."""
         self._owed_queues: list[str] = []
-        """Of a drained process: where the message belongs that it holds and could not give back yet."""
+        """Of a process that holds a message: where it belongs, while it could not be given back yet."""
         self._interactive_in_a_row = 0
         self._usage = Usage(on_gpu=facts.device == "gpu")
         self.presence = Presence(
@@ -495,7 +497,14 @@ class Executor:
             is_alive=self._is_alive,
             models_loaded=lambda: engines[facts.device or "cpu"].models_loaded,
             usage=self._usage.now,
-            on_enlist=lambda session, now: own_models.offer(session, own_cards, now=now),
+            speeds=lambda: engines[facts.device or "cpu"].speeds,
+            on_enlist=lambda session, now: own_models.offer(
+                session,
+                facts.id,
+                own_cards,
+                worker_lost_after_seconds=settings.worker_lost_after_seconds,
+                now=now,
+            ),
         )
 
     @classmethod
@@ -514,7 +523,13 @@ class Executor:
         # It warms up while the network does.
         decoder.sandbox.start()
         own_cards = _own_models(settings)
-        facts = workers.this_process("images", queues=queues, device=kind, device_name=_device_name(kind))
+        facts = workers.this_process(
+            "images",
+            queues=queues,
+            device=kind,
+            device_name=_device_name(kind),
+            models=(*catalog.runnable(), *(card.name for card in own_cards)),
+        )
         database, storage = Database(settings.sqlalchemy_url), Storage(settings)
 
         def next_job() -> Job | None:
@@ -525,6 +540,7 @@ class Executor:
                     worker_id=facts.id,
                     worker_lost_after_seconds=settings.worker_lost_after_seconds,
                     now=clock(session),
+                    runs=facts.models,
                 )
 
         ahead = Ahead(decoder, storage, next_job)
@@ -540,6 +556,7 @@ class Executor:
             worker_id=facts.id,
             device=device,
             queues=list(queues),
+            models=list(facts.models or ()),
             threads=threads,
             seconds=round(time.monotonic() - started, 2),
         )
@@ -603,9 +620,8 @@ class Executor:
                 log.warning("job.not_claimed", detail=error.detail)
                 return None
             if claimed is None:
-                log.info("job.nothing_to_claim", drained=self._is_drained)
-                if self._is_drained:
-                    self._wait_while_drained()
+                log.info("job.nothing_to_claim", drained=self._is_drained, lacks=self._lacks)
+                claimed = self._claimed_while_held()
             return claimed
 
     def _attempted(self, claim: Claim, job: Job, now: datetime, device: str, turn: Turn) -> Outcome:
@@ -642,10 +658,9 @@ class Executor:
                 log.warning("shard.not_claimed", detail=error.detail)
                 return None
             if claimed is None:
-                log.info("shard.nothing_to_claim", drained=self._is_drained)
-                if self._is_drained:
-                    self._wait_while_drained()
-                return None
+                log.info("shard.nothing_to_claim", drained=self._is_drained, lacks=self._lacks)
+                waiting = self._claimed_while_held()
+                return None if waiting is None else self._attempted(*waiting, Turn(self._network))
             claim, job, now, device = claimed
             span = self._traces.begin("job.shard", job.traceparent, job_id=job_id, shard=claim.position)
             with (
@@ -656,17 +671,29 @@ class Executor:
             span.end(outcome=type(outcome).__name__.lower(), device=device)
             return outcome
 
-    def _claim(self, job_id: str, queue: str | None) -> tuple[Claim, Job, datetime, str] | None:
+    @property
+    def _runs(self) -> tuple[str, ...] | None:
+        return self.presence.facts.models
+
+    def _claim(self, job_id: str, queue: str | None, *, holds: bool = False) -> tuple[Claim, Job, datetime, str] | None:
+        """A job that this process can run, of the queues of its message's device. Where there is none for it while
+        others wait, or it is drained, the message is given back: once, not by one who `holds` it already."""
         worker_id = self.presence.facts.id
         for _ in range(CLAIM_TRIES):
             with self._database.transaction() as session:
                 now = clock(session)
                 # A message of before a job was moved to another device leads to the jobs of its own.
                 served = self._served(queue or session.scalar(select(Job.queue).where(Job.id == job_id)) or "")
-                self._owed_queues = []
-                next_id = jobs.next_due(session, served, now=now) if served else None
+                if not holds:
+                    self._owed_queues = []
+                next_id = jobs.next_due(session, served, runs=self._runs, now=now) if served else None
+                self._is_drained = self._lacks = False
                 if next_id is None:
                     self._is_drained = workers.is_drained(session, worker_id)
+                    if not self._is_drained and self._runs is not None and jobs.is_any_due(session, served, now=now):
+                        self._lacks = True
+                        if not holds:
+                            self._give_back(session, served, now)
                     return None
                 device = "cpu" if served[0].startswith("cpu.") else "gpu"
                 claim = jobs.claim(
@@ -684,7 +711,8 @@ class Executor:
                     return claim, job, now, device
                 self._is_drained = workers.is_drained(session, worker_id)
                 if self._is_drained:
-                    self._owed_queues = [] if jobs.give_message_back(session, served, now=now) else served
+                    if not holds:
+                        self._give_back(session, served, now)
                     return None
             # Another worker was taking it: what it left behind is seen by a new transaction.
         return None
@@ -702,13 +730,19 @@ class Executor:
         worker_id = self.presence.facts.id
         with self._database.transaction() as session:
             now = clock(session)
-            queue = session.scalar(select(Job.queue).where(Job.id == job_id))
+            asked = session.execute(select(Job.queue, Job.model).where(Job.id == job_id)).one_or_none()
             # The job may have been moved to another device's queue since.
-            if queue is None or queue not in self.presence.facts.queues:
+            if asked is None or asked.queue not in self.presence.facts.queues:
                 return None
-            if below is not None and jobs.next_due(session, self._served(queue), now=now) is not None:
+            if self._runs is not None and asked.model not in self._runs:
+                self._lacks = True
+                shards.give_message_back(session, job_id)
                 return None
-            device = "cpu" if queue.startswith("cpu.") else "gpu"
+            if below is not None:
+                served = self._served(asked.queue)
+                if jobs.next_due(session, served, runs=self._runs, now=now) is not None:
+                    return None
+            device = "cpu" if asked.queue.startswith("cpu.") else "gpu"
             claim = shards.claim_to_help(
                 session,
                 job_id,
@@ -728,18 +762,38 @@ class Executor:
             workers.working_on(session, worker_id, job_id, now=now)
             return claim, session.get_one(Job, job_id), now, device
 
-    def _wait_while_drained(self) -> None:
-        """Holds the message, which has been given back, so that the broker hands this process no other."""
-        ends_at = time.monotonic() + DRAINED_SPELL_SECONDS
-        while time.monotonic() < ends_at and not self._stopping.is_set():
+    def _claimed_while_held(self) -> tuple[Claim, Job, datetime, str] | None:
+        """Holds the message, which has been given back, so that the broker hands this process no other: while it is
+        drained, and while only jobs wait that it cannot run. The first that it can it takes, whoever's message it was;
+        None where there is nothing to hold it for any more."""
+        ends_at = time.monotonic() + HELD_SPELL_SECONDS
+        while (self._is_drained or self._lacks) and time.monotonic() < ends_at and not self._stopping.is_set():
             # As in `_record`, nobody sets it: a signal handler that did would wait for a lock this very thread holds.
-            threading.Event().wait(DRAINED_LOOK_SECONDS)
-            looking = self._database.transaction if self._owed_queues else self._database.reading
-            with contextlib.suppress(DatabaseUnavailable), looking() as session:
-                if not workers.is_drained(session, self.presence.facts.id):
-                    return
-                if self._owed_queues and jobs.give_message_back(session, self._owed_queues, now=clock(session)):
-                    self._owed_queues = []
+            threading.Event().wait(HELD_LOOK_SECONDS)
+            with contextlib.suppress(DatabaseUnavailable):
+                if self._owed_queues:
+                    with self._database.transaction() as session:
+                        self._give_back(session, self._owed_queues, clock(session))
+                if self._is_drained:
+                    with self._database.reading() as session:
+                        self._is_drained = workers.is_drained(session, self.presence.facts.id)
+                elif (claimed := self._claim_of_any_device()) is not None:
+                    return claimed
+        return None
+
+    def _give_back(self, session: Session, queues: list[str], now: datetime) -> None:
+        """The message of one of these queues; one that is faster than its mark in SQL is owed until that is there."""
+        self._owed_queues = [] if jobs.give_message_back(session, queues, now=now) else queues
+
+    def _claim_of_any_device(self) -> tuple[Claim, Job, datetime, str] | None:
+        lacks = False
+        for device in dict.fromkeys(queue.partition(".")[0] for queue in self.presence.facts.queues):
+            claimed = self._claim("", f"{device}.", holds=True)
+            if claimed is not None or self._is_drained:
+                return claimed
+            lacks = lacks or self._lacks
+        self._lacks = lacks
+        return None
 
     def _attempt(
         self, claim: Claim, job: Job, claimed_at: datetime, device: str, phases: Phases, turn: Turn

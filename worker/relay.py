@@ -146,11 +146,11 @@ def route(database: Database, settings: Settings) -> None:
         stranded = queries.stranded_queues(
             session, worker_lost_after_seconds=settings.worker_lost_after_seconds, now=clock(session)
         )
-    for source, target in stranded:
+    for source, target, needs in stranded:
         moved = ROWS_AT_ONCE
         while moved == ROWS_AT_ONCE:
             with database.transaction() as session:
-                moved = len(jobs.reroute(session, source, target, now=clock(session), limit=ROWS_AT_ONCE))
+                moved = len(jobs.reroute(session, source, target, needs=needs, now=clock(session), limit=ROWS_AT_ONCE))
             if moved:
                 log.info("relay.rerouted", jobs=moved, queue=target)
 

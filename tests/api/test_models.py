@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from io import BytesIO
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
 from api.schemas import JobView, ModelView, ReportView
-from shared import catalog, jobs, own_models
+from shared import catalog, jobs, own_models, workers
 from shared.catalog import OwnFile
-from shared.db import Database
-from shared.models import Job
+from shared.db import Database, new_id
+from shared.models import Job, Worker
+from shared.workers import WorkerFacts
 from tests.api.conftest import Api, Caller
+from tests.api.test_pages import sign_in
 from tests.factories import a_png
 
 MINE = catalog.ModelCard(
@@ -47,33 +49,24 @@ REPORT = {
 }
 
 
-def offer(database: Database, *cards: catalog.ModelCard) -> None:
+def offer(database: Database, *cards: catalog.ModelCard, host: str = "host-1") -> None:
+    """A worker on that host has just come, with these and all of the catalogue."""
+    now = datetime.now(UTC)
+    facts = WorkerFacts(
+        new_id("images", now),
+        "images",
+        host,
+        1,
+        ("cpu.interactive", "cpu.bulk"),
+        "cpu",
+        models=(*catalog.runnable(), *(card.name for card in cards)),
+    )
     with database.transaction() as session:
-        own_models.offer(session, cards, now=datetime.now(UTC))
+        workers.enlist(session, facts, samples=[], now=now)
+        own_models.offer(session, facts.id, cards, worker_lost_after_seconds=30, now=now)
 
 
 # --- models of one's own --------------------------------------------------------------------------------------------
-
-
-def test_what_the_newest_worker_found_is_offered(database: Database) -> None:
-    offer(database, MINE, CLEAN)
-    offer(database, MINE)
-    with database.reading() as session:
-        assert own_models.offered(session) == (MINE,)
-    offer(database)
-    with database.reading() as session:
-        assert own_models.offered(session) == ()
-
-
-def test_workers_that_start_together_offer_the_same_without_a_clash(postgresql_database: Database) -> None:
-    with postgresql_database.transaction() as first:
-        own_models.offer(first, [MINE], now=datetime.now(UTC))
-        # The second waits until the first has committed, and then writes the same.
-        second = threading.Thread(target=offer, args=(postgresql_database, MINE))
-        second.start()
-    second.join(30)
-    with postgresql_database.reading() as session:
-        assert own_models.offered(session) == (MINE,)
 
 
 def test_a_model_of_ones_own_is_listed_estimated_and_asked_for_by_name(api: Api, caller: Caller) -> None:
@@ -82,10 +75,69 @@ def test_a_model_of_ones_own_is_listed_estimated_and_asked_for_by_name(api: Api,
     assert "mine" in [model["name"] for model in caller.get("/v1/models").json["data"]]
     view = ModelView.model_validate(caller.get("/v1/models/mine").json)
     assert (view.scale, view.scales, view.architecture, view.sha256) == (2, [2], "Compact", "ef" * 32)
+    assert (view.workers, view.loaded_on) == (1, [])
     assert "/models" not in caller.get("/v1/models/mine").text
     assert caller.post("/v1/estimates", json={"width": 9, "height": 9, "model": "mine"}).json["output"]["width"] == 18
     job = caller.submit(model="mine").json
     assert (job["model"], job["scale"], job["routing"]["reason"]) == ("mine", 2, "asked for by name")
+    assert job["waits_for"] is None
+
+
+def test_a_job_whose_model_went_away_with_its_host_says_so(api: Api, caller: Caller) -> None:
+    offer(api.database, MINE)
+    offer(api.database, host="host-2")
+    job_id = caller.submit(model="mine").json["id"]
+    address = f"/v1/jobs/{job_id}"
+    before = caller.get(address)
+    assert before.json["waits_for"] is None
+    with api.database.transaction() as session:
+        gone = session.scalars(select(Worker).where(Worker.host == "host-1")).one()
+        gone.seen_at -= timedelta(seconds=100)
+    # It is news to who knows the job as it was, and none to who has heard it.
+    after = caller.get(address, headers={"If-None-Match": before.headers["ETag"]})
+    assert (
+        after.json["waits_for"] == "No live worker of cpu.interactive has the model mine: the job waits until one does."
+    )
+    assert caller.get(address, headers={"If-None-Match": after.headers["ETag"]}).status_code == 304
+    waiting = {"If-None-Match": after.headers["ETag"], "Prefer": "wait=1"}
+    assert caller.get(address, headers=waiting).status_code == 304
+    JobView.model_validate(after.json)
+    # While workers are replaced jobs are taken all the same, also over and over: the model was there lately.
+    assert caller.get("/v1/models/mine").json["workers"] == 0
+    assert caller.submit(model="mine").json["waits_for"] == after.json["waits_for"]
+    metrics = api.caller("admin").get("/metrics").text
+    assert 'enlarger_forsaken_jobs{model="mine",queue="cpu.interactive"} 2.0' in metrics
+
+
+def test_operators_see_what_hosts_have_and_where_it_differs(api: Api, caller: Caller) -> None:
+    offer(api.database, MINE)
+    offer(api.database, replace(MINE, weights=OwnFile("/models/mine.pth", "ab" * 32)), host="host-2")
+    with api.database.transaction() as session:
+        for worker, (runtime, speed) in zip(
+            session.scalars(select(Worker).order_by(Worker.host)),
+            (("ncnn", 1_234_000), ("torch", 560_000)),
+            strict=True,
+        ):
+            worker.models_loaded = ["srgan"]
+            worker.speeds = {"srgan": {"runtime": runtime, "pixels_per_second": speed}}
+    client = api.app.test_client()
+    sign_in(client, api, "operator")
+    page = client.get("/admin/workers").text
+    assert "Hosts have different models named mine." in page
+    assert "abababababab on host-2; efefefefefef on host-1" in page
+    assert "ncnn, 1.23 MP/s in" in page
+    assert "torch, 0.56 MP/s in" in page
+    assert page.count("its own: mine") == 2
+    # One that nobody has any more: on the overview, and on the page of the job that waits for it.
+    job_id = caller.submit(model="mine").json["id"]
+    with api.database.transaction() as session:
+        for worker in session.scalars(select(Worker)):
+            worker.models = ["srgan"]
+    assert "No live worker of cpu.interactive has the model mine." in client.get("/admin").text
+    assert (
+        "No live worker of cpu.interactive has the model mine: the job waits"
+        in client.get(f"/admin/jobs/{job_id}").text
+    )
 
 
 def test_a_network_that_enlarges_nothing_is_not_asked_to(api: Api, caller: Caller) -> None:
@@ -148,7 +200,10 @@ def test_a_preview_is_a_job_of_the_middle_through_every_model(api: Api, caller: 
 
 def test_a_preview_takes_models_and_a_crop_in_a_form_and_in_json(api: Api, caller: Caller) -> None:
     offer(api.database, MINE)
-    asked = preview(caller, models="srgan,mine,srgan", crop="10,20,30,40", scale="2").json["preview"]
+    made = preview(caller, models="srgan,mine,srgan", crop="10,20,30,40", scale="2").json
+    asked = made["preview"]
+    with api.database.reading() as session:
+        assert session.get_one(Job, made["id"]).needs == "mine"
     assert asked["models"] == ["srgan", "mine"]
     assert asked["crop"] == {"x": 10, "y": 20, "width": 30, "height": 40}
     headers = {"Idempotency-Key": "one"}

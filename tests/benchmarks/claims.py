@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import quantiles
 
@@ -42,13 +43,17 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=500, help="how many of them are done in a run")
     parser.add_argument("--workers", default="1,5,10,20", help="how many at once, one run each")
     asked = parser.parse_args()
+    run(workers=list(map(int, asked.workers.split(","))), queued=asked.queued, count=asked.jobs)
+
+
+def run(*, workers: Sequence[int], queued: int, count: int) -> None:
+    """One run for each number of workers: of `queued` jobs `count` are done. Prints a table."""
+    print(f"{count:,} of {queued:,} queued jobs")
+    print("workers   jobs/s   claim p50 ms   p95 ms   statements/job   claims waited   others waited   granted twice")
     with tempfile.TemporaryDirectory() as folder, start_postgresql(Path(folder)) as server:
         migrations.upgrade(server.url)
-        print(
-            "workers   jobs/s   claim p50 ms   p95 ms   statements/job   claims waited   others waited   granted twice"
-        )
-        for workers in map(int, asked.workers.split(",")):
-            measure(server.url, workers, asked.queued, asked.jobs)
+        for each in workers:
+            measure(server.url, each, queued, count)
 
 
 def fill(session: Session, queued: int) -> list[str]:

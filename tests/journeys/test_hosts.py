@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from sqlalchemy import select
+import safetensors.torch
+import torch
+from spandrel.architectures.Compact import Compact as SRVGGNetCompact
+from sqlalchemy import select, true
 from sqlalchemy.engine import make_url
 
 import migrations
-from shared import jobs, stack
+from shared import calibration, catalog, jobs, own_models, queries, stack
 from shared.db import Database, clock
 from shared.jobs import JobInput
 from shared.models import Attempt, Job, JobState, Worker
@@ -37,6 +41,7 @@ from worker import relay
 
 SIDE_PX = 72
 """At 24 px a tile a job of this size takes seconds: long enough to be met in the middle."""
+LOST_AFTER_SECONDS = 6.0
 
 
 def can_make_hosts() -> bool:
@@ -115,6 +120,29 @@ class Host:
         ip("link", "set", self.link, "up")
 
 
+MEASURED_QUICKEST: dict[str, calibration.Runtime] = {"host-1": "torch", "host-2": "ncnn"}
+
+
+def a_disk(folder: Path, number: int) -> Path:
+    """What a host has for itself: its own models, one of them under a name that the other host uses too, and what it
+    has measured, which here is made up so that nobody can take it for the other's; slow, as a busy machine is."""
+    models = folder / "models"
+    models.mkdir(parents=True)
+    for name, seed in ((["one", "two"][number - 1], 0), ("both", number)):
+        torch.manual_seed(seed)
+        weights = SRVGGNetCompact(num_feat=8, num_conv=2, upscale=2).state_dict()
+        safetensors.torch.save_file(weights, models / f"{name}.safetensors")
+    card = catalog.card("srgan")
+    assert card.weights is not None
+    quickest = MEASURED_QUICKEST[f"host-{number}"]
+    speeds = {runtime: 2e3 * number if runtime == quickest else 1.0 for runtime in ("torch", "ncnn")}
+    machine = calibration._machine("cpu", 1)
+    found = {"model": "srgan", "scale": 4, "machine": machine, "runtime": quickest, "pixels_per_second": speeds}
+    (folder / "enlarger").mkdir()
+    (folder / "enlarger" / "calibration.json").write_text(json.dumps({f"{card.weights.sha256} 4 {machine}": found}))
+    return folder
+
+
 def a_host(closing_all: ExitStack, number: int, settings: Settings, folder: Path) -> Host:
     """Made, cabled and at work; `settings` name servers of this machine's loopback interface."""
     # Names of links are short: 15 signs.
@@ -136,21 +164,22 @@ def a_host(closing_all: ExitStack, number: int, settings: Settings, folder: Path
         door = closing_all.enter_context(closing(Door(here, parts.port or 0)))
         return url.replace(f"{parts.hostname}:{parts.port}", f"{here}:{door.port}")
 
+    disk = a_disk(folder / f"host-{number}", number)
     theirs = settings.model_copy(
         update={
-            # The data folder is this host's own, and what it has measured there with it.
-            "data_dir": folder / name,
+            "data_dir": disk,
+            "models_dir": str(disk / "models"),
             "database_url": through_a_door(settings.database_url),
             "redis_url": through_a_door(settings.redis_url),
             "storage_endpoint_url": through_a_door(settings.storage_endpoint_url),
         }
     )
-    (folder / name).mkdir()
     environ = {
         **{key: value for key, value in os.environ.items() if not key.startswith("ENLARGER_")},
         **stack.environ_of(theirs),
         "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
-        "TMPDIR": str(folder / name),
+        "TMPDIR": str(disk),
+        "XDG_CACHE_HOME": str(disk),
         "NO_PROXY": "*",
     }
     words = stack.command("images", theirs)
@@ -176,7 +205,7 @@ class Fleet:
     hosts: dict[str, Host]
     key_id: str
 
-    def submit(self, count: int) -> list[str]:
+    def submit(self, count: int, **asked: Any) -> list[str]:
         picture = a_png(SIDE_PX, SIDE_PX)
         ids = []
         with self.database.transaction() as session:
@@ -190,7 +219,7 @@ class Fleet:
                 jobs.submit(
                     session,
                     owner_key_id=self.key_id,
-                    options=options(),
+                    options=options(**asked),
                     picture=handed_in,
                     max_attempts=3,
                     max_queued_jobs=1000,
@@ -216,11 +245,25 @@ class Fleet:
             )
             return [(row.host, row.outcome) for row in rows]
 
-    def unfinished(self) -> int:
+    def unfinished(self, *ids: str) -> int:
+        """How many of these jobs, or of all."""
         with self.database.reading() as session:
-            states = session.scalars(select(Job.state)).all()
+            states = session.scalars(select(Job.state).where(Job.id.in_(ids) if ids else true())).all()
         assert JobState.FAILED not in states
         return sum(state != JobState.SUCCEEDED for state in states)
+
+    def hosts_of(self, ids: Sequence[str]) -> set[str]:
+        return {host for job_id in ids for host, _ in self.attempts(job_id)}
+
+    def workers(self) -> dict[str, Worker]:
+        """host -> the row of its image worker."""
+        with self.database.reading() as session:
+            return {row.host: row for row in session.scalars(select(Worker).where(Worker.kind == "images"))}
+
+    def waits_for(self, job_id: str) -> str | None:
+        with self.database.reading() as session:
+            job = session.get_one(Job, job_id)
+            return queries.waits_for(session, job, worker_lost_after_seconds=LOST_AFTER_SECONDS, now=clock(session))
 
 
 @pytest.fixture
@@ -237,7 +280,7 @@ def fleet(
                 "database_url": make_url(url).render_as_string(hide_password=False),
                 "worker_concurrency": 1,
                 "torch_threads": 1,
-                "worker_lost_after_seconds": 6.0,
+                "worker_lost_after_seconds": LOST_AFTER_SECONDS,
                 "worker_device": "cpu",
             }
         )
@@ -268,14 +311,14 @@ def test_a_host_that_is_cut_off_in_mid_job_loses_nothing(fleet: Fleet) -> None:
     # then the other does all that is left, the lost one's job among it, and each has one result.
     wait_until(lambda: fleet.unfinished() == 0, seconds=200, what="every job to succeed")
     assert fleet.attempts(lost)[:2] == [("host-1", "lost"), ("host-2", "succeeded")]
-    assert {host for job_id in ids for host, _ in fleet.attempts(job_id)} == {"host-1", "host-2"}
+    assert fleet.hosts_of(ids) == {"host-1", "host-2"}
     # And when the cable is back, the host has changed nothing of that, and works again.
     fleet.hosts["host-1"].reconnect()
 
     def works_again() -> bool:
         more = fleet.submit(2)
         wait_until(lambda: fleet.unfinished() == 0, seconds=100, what="two more jobs to succeed")
-        return any(host == "host-1" for job_id in more for host, _ in fleet.attempts(job_id))
+        return "host-1" in fleet.hosts_of(more)
 
     wait_until(works_again, seconds=200, what="the host that was cut off to work again")
     assert fleet.attempts(lost)[:2] == [("host-1", "lost"), ("host-2", "succeeded")]
@@ -287,7 +330,45 @@ def test_a_host_that_is_cut_off_in_mid_job_loses_nothing(fleet: Fleet) -> None:
         assert key in results
 
 
-def test_a_host_reaches_nothing_but_its_servers(fleet: Fleet) -> None:
+def test_hosts_with_other_models_and_other_speeds_do_what_only_they_can(fleet: Fleet) -> None:
+    assert_reaches_nothing_but_its_servers()
+    # Given hosts with a model each that the other lacks, and files of one name that differ,
+    with fleet.database.reading() as session:
+        now = clock(session)
+        assert [card.name for card in own_models.offered(session, now=now)] == ["both", "one", "two"]
+        [clash] = own_models.clashes(session, worker_lost_after_seconds=LOST_AFTER_SECONDS, now=now)
+    assert clash.name == "both"
+    assert sorted(clash.hosts_by_sha256.values()) == [("host-1",), ("host-2",)]
+    told = {host: set(row.models or ()) for host, row in fleet.workers().items()}
+    assert (told["host-1"] - told["host-2"], told["host-2"] - told["host-1"]) == ({"one"}, {"two"})
+    # each of which has been measured to be quickest with another runtime,
+    wait_until(lambda: all(row.speeds for row in fleet.workers().values()), seconds=30, what="both to tell speeds")
+    speeds = {host: (row.speeds or {})["srgan"] for host, row in fleet.workers().items()}
+    assert {host: speed["runtime"] for host, speed in speeds.items()} == MEASURED_QUICKEST
+    assert speeds["host-1"]["pixels_per_second"] == 2_000
+    assert speeds["host-2"]["pixels_per_second"] == 4_000
+    # when jobs come for each, they are done where they can be.
+    ones, twos = (fleet.submit(3, model=name, needs=name, scale=2) for name in ("one", "two"))
+    wait_until(lambda: fleet.unfinished() == 0, seconds=100, what="every job to succeed")
+    assert (fleet.hosts_of(ones), fleet.hosts_of(twos)) == ({"host-1"}, {"host-2"})
+    # When one host is cut off, the jobs for its model wait and say why, and hold up no other behind them.
+    fleet.hosts["host-1"].cut_off()
+    ones = fleet.submit(3, model="one", needs="one", scale=2)
+    assert fleet.waits_for(ones[0]) is None, "it was heard of a moment ago"
+    others = [*fleet.submit(1), *fleet.submit(1, model="two", needs="two", scale=2)]
+    wait_until(lambda: fleet.unfinished(*others) == 0, seconds=100, what="the other jobs to succeed")
+    assert fleet.hosts_of(others) == {"host-2"}
+    said = "No live worker of cpu.interactive has the model one: the job waits until one does."
+    wait_until(lambda: fleet.waits_for(ones[0]) == said, seconds=30, what="a job to say that nobody can run it")
+    assert fleet.unfinished(*ones) == 3
+    # And when it is back, it does them.
+    fleet.hosts["host-1"].reconnect()
+    wait_until(lambda: fleet.unfinished() == 0, seconds=200, what="the jobs that waited to succeed")
+    assert fleet.hosts_of(ones) == {"host-1"}
+    assert fleet.waits_for(ones[0]) is None
+
+
+def assert_reaches_nothing_but_its_servers() -> None:
     # Some server of this machine that no door leads to.
     with socket.create_server(("0.0.0.0", 0)) as other:
         port = other.getsockname()[1]

@@ -370,7 +370,9 @@ def enlist(session: Session, worker_id: str, device: str, now: datetime, *, queu
 
 
 def stranded(session: Session, now: datetime) -> list[tuple[str, str]]:
-    return queries.stranded_queues(session, worker_lost_after_seconds=30, now=now)
+    """Of jobs that need nothing; `tests/shared/test_needs.py` has the others."""
+    found = queries.stranded_queues(session, worker_lost_after_seconds=30, now=now)
+    return [(source, target) for source, target, needs in found if not needs]
 
 
 TO_CPU = [("gpu.interactive", "cpu.interactive"), ("gpu.bulk", "cpu.bulk")]

@@ -33,6 +33,7 @@ class Repeating(Network):
     multiply_adds_per_px = 1
     tail_reach_px = 0
     runtime = "torch"
+    is_calibrated = True
 
     def multiply_adds(self, body_px: int, tail_px: int) -> int:
         return body_px

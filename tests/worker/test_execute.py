@@ -10,6 +10,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,8 +22,8 @@ from PIL import Image
 from sqlalchemy.orm import Session
 
 from api.schemas import ReportView
-from shared import jobs, thumbnails, workers
-from shared.catalog import card
+from shared import jobs, own_models, thumbnails, workers
+from shared.catalog import OwnFile, card
 from shared.db import Database, clock
 from shared.errors import (
     BadOutput,
@@ -133,6 +134,7 @@ class Bench:
         *,
         devices: tuple[str, ...] = ("cpu",),
         queues: tuple[str, ...] = ("cpu.interactive", "cpu.bulk"),
+        models: tuple[str, ...] | None = None,
     ) -> None:
         self.database, self.storage = database, storage
         self.before_call: Callable[[int], None] = lambda _: None
@@ -140,7 +142,7 @@ class Bench:
         # Several bands and tiles in a small picture.
         self.settings = settings.model_copy(update={"tile_px": 8, "retry_delay_seconds": 5.0})
         engines = {device: Engine.of(self.settings, device) for device in devices}
-        facts = WorkerFacts(self.worker_id, "images", "host", 1, queues, devices[0])
+        facts = WorkerFacts(self.worker_id, "images", "host", 1, queues, devices[0], models=models)
         self.executor = Executor(database, storage, self.settings, engines, facts)
         with database.transaction() as session:
             now = clock(session)
@@ -296,7 +298,7 @@ def test_a_running_attempt_shows_its_trace_before_it_ends(bench: Bench, monkeypa
 def test_a_drained_worker_gives_its_message_back_and_takes_no_other_until_it_is_resumed(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, overtakes_its_mark: bool
 ) -> None:
-    monkeypatch.setattr(execute, "DRAINED_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(execute, "HELD_LOOK_SECONDS", 0.01)
     job_id = bench.submit()
     bench.change(lambda session: workers.drain(session, bench.worker_id, now=clock(session)))
     bench.change(lambda session: setattr(session.get_one(Job, job_id), "published_at", clock(session)))
@@ -317,8 +319,72 @@ def test_a_drained_worker_gives_its_message_back_and_takes_no_other_until_it_is_
     assert isinstance(bench.executor.run(job_id), Succeeded)
 
 
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_a_worker_that_can_run_nothing_of_what_waits_holds_its_message_until_there_is_something(
+    sqlite_database: Database, storage: Storage, settings: Settings, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    monkeypatch.setattr(execute, "HELD_LOOK_SECONDS", 0.01)
+    served = {"devices": ("gpu", "cpu"), "queues": ("gpu.interactive", "cpu.interactive")} if device == "gpu" else {}
+    bench = Bench(sqlite_database, storage, settings, monkeypatch, **served, models=("srgan", "preview"))  # type: ignore[arg-type]
+    beyond = bench.submit(model="mine", needs="mine", queue=f"{device}.interactive")
+    bench.change(lambda session: setattr(session.get_one(Job, beyond), "published_at", clock(session)))
+    outcomes: list[object] = []
+    held = threading.Thread(target=lambda: outcomes.append(bench.executor.run(beyond)))
+    held.start()
+    wait_until(lambda: bench.job(beyond).published_at is None, seconds=30, what="the message to be given back")
+    assert held.is_alive(), "the broker hands it no other message of that kind"
+    # When a job comes that it can run, of whatever device it serves, it takes it; the message of that is for another.
+    plain = bench.submit(queue="cpu.interactive")
+    held.join(30)
+    assert [type(outcome) for outcome in outcomes] == [Succeeded]
+    assert bench.job(plain).state == JobState.SUCCEEDED
+    assert bench.attempts(beyond) == []
+    # When nothing waits any more it lets go.
+    held = threading.Thread(target=lambda: outcomes.append(bench.executor.run(beyond, f"{device}.interactive")))
+    held.start()
+    bench.change(lambda session: jobs.cancel(session, beyond, now=clock(session)))
+    held.join(30)
+    assert outcomes[1:] == [None]
+    # A worker that is drained while it holds a message holds on for that.
+    beyond = bench.submit(model="mine", needs="mine")
+    held = threading.Thread(target=lambda: outcomes.append(bench.executor.run(beyond, "cpu.interactive")))
+    held.start()
+    bench.change(lambda session: workers.drain(session, bench.worker_id, now=clock(session)))
+    plain = bench.submit()
+    bench.executor.ask_to_stop()
+    held.join(30)
+    assert outcomes[2:] == [None]
+    assert bench.job(plain).state == JobState.QUEUED
+
+
+def test_a_worker_says_what_it_can_run_and_how_quickly(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine.of(bench.settings, "cpu")
+    monkeypatch.setattr(engine, "_networks", {"srgan": Measured("ncnn"), "srresnet": Measured(None)})
+    facts = WorkerFacts("images-host-2", "images", "host-2", 1, (), "cpu", models=("mine", "srgan"))
+    own = [replace(card("srgan"), name="mine", weights=OwnFile("/models/mine.pth", "ef" * 32), others=())]
+    executor = Executor(bench.database, bench.storage, bench.settings, {"cpu": engine}, facts, own_cards=own)
+    for _ in range(2):
+        executor.presence._beat()
+    with bench.database.reading() as session:
+        worker = session.get_one(Worker, "images-host-2")
+        assert worker.models == ["mine", "srgan"]
+        assert worker.speeds == {"srgan": {"runtime": "ncnn", "pixels_per_second": 12346}}
+        offered = own_models.offered(session, now=clock(session))
+    assert [each.name for each in offered] == ["mine"]
+
+
+class Measured:
+    """A network as `Engine.speeds` sees it."""
+
+    def __init__(self, runtime: str | None) -> None:
+        self.runtime, self.is_calibrated = runtime, runtime is not None
+
+    def pixels_per_second(self) -> float:
+        return 12345.6
+
+
 def test_a_drained_worker_can_be_stopped(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(execute, "DRAINED_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(execute, "HELD_LOOK_SECONDS", 0.01)
     job_id = bench.submit()
     bench.change(lambda session: workers.drain(session, bench.worker_id, now=clock(session)))
     bench.executor.ask_to_stop()
@@ -591,9 +657,11 @@ def test_an_attempt_has_a_limit_by_what_its_own_job_is_expected_to_take(bench: B
 def test_a_claim_that_met_another_worker_looks_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     job_id, next_due, met = bench.submit(), jobs.next_due, []
 
-    def just_taken(session: Session, queues: Any, *, now: Any) -> str | None:
+    def just_taken(session: Session, queues: Any, *, now: Any, runs: Any) -> str | None:
         met.append(queues)
-        return "job_that_another_took" if len(met) in (1, 3, 4, 5, 6, 7) else next_due(session, queues, now=now)
+        return (
+            "job_that_another_took" if len(met) in (1, 3, 4, 5, 6, 7) else next_due(session, queues, now=now, runs=runs)
+        )
 
     monkeypatch.setattr(jobs, "next_due", just_taken)
     assert isinstance(bench.executor.run(job_id), Succeeded)

@@ -10,6 +10,7 @@ import hashlib
 import io
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -609,7 +610,7 @@ def test_a_helper_stops_where_the_shards_are_to_be_made_on_other_terms(bench: Sh
 
 
 def test_a_drained_worker_does_not_help(bench: SharedBench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(execute, "DRAINED_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(execute, "HELD_LOOK_SECONDS", 0.01)
     job_id = bench.hand_in()
     bench.change(lambda session: workers.drain(session, bench.helper_id, now=clock(session)))
     bench.helper.ask_to_stop()
@@ -617,6 +618,23 @@ def test_a_drained_worker_does_not_help(bench: SharedBench, monkeypatch: pytest.
     bench.at_call(1, lambda: outcomes.append(bench.helper.help(job_id)))
     assert isinstance(bench.executor.run(job_id), Succeeded)
     assert outcomes == [None]
+
+
+def test_a_worker_that_lacks_the_model_does_not_help(bench: SharedBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execute, "HELD_LOOK_SECONDS", 0.01)
+    job_id = bench.hand_in()
+    bench.helper.presence.facts = replace(bench.helper.presence.facts, models=("lanczos",))
+    given_back: list[int] = []
+
+    def help() -> None:
+        with bench.database.transaction() as session:
+            shards.due(session, max_tries=3, resend_after_seconds=60, now=clock(session))
+        assert bench.helper.help(job_id) is None
+        given_back.extend(row.position for row in bench.shards(job_id) if row.published_at is None)
+
+    bench.at_call(1, help)
+    assert isinstance(bench.executor.run(job_id), Succeeded)
+    assert given_back == [0, 1]
 
 
 def test_nobody_helps_a_job_of_another_device_or_without_a_database(bench: SharedBench) -> None:

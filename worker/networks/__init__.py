@@ -133,6 +133,11 @@ class Network:
             self._pixels_per_second = max(self._pixels_per_second, found.pixels_per_second[found.runtime])
         return self._runtime
 
+    @property
+    def is_calibrated(self) -> bool:
+        """`runtime` has been decided: to ask for it measures nothing."""
+        return self._runtime is not None
+
     def strips_bytes(self, width: int) -> int:
         """Memory that `rows` takes for a picture so wide, its result not counted."""
         return self._strips_bytes(self.columns(width))

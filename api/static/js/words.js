@@ -54,6 +54,7 @@ const PHASES = {
 export function step(job) {
   if (job.status === "queued") {
     const again = job.attempt > 0 ? "Will be tried again" : "Waiting";
+    if (job.waits_for) return `${again}: ${job.waits_for}`;
     if (job.queue_position === null || job.queue_position === undefined) return again;
     return job.queue_position === 1 ? `${again}: next in the queue` : `${again}: number ${job.queue_position} in the queue`;
   }

@@ -118,6 +118,8 @@ class Database:
                 event.listen(self.engine, "begin", _begin_pooled)
         event.listen(self.engine, "before_cursor_execute", _statement_begins)
         event.listen(self.engine, "after_cursor_execute", _statement_ends)
+        self._is_closed = False
+        event.listen(self.engine, "checkin", self._end_late_comer)
         self._reading_engine = self.engine.execution_options(enlarger_reading=True)
         # Reentrant: a transaction within another one is SQLite's to refuse, as it always has been.
         self._writing = threading.RLock() if self.is_sqlite else None
@@ -166,7 +168,14 @@ class Database:
             session.execute(text("SELECT 1"))
 
     def close(self) -> None:
+        """Ends every connection; one that a thread still uses, when it comes back."""
+        self._is_closed = True
         self.engine.dispose()
+
+    def _end_late_comer(self, _connection: Any, record: ConnectionPoolEntry) -> None:
+        if self._is_closed:
+            # SQLAlchemy would keep it in a pool that nobody has any more.
+            record.invalidate()
 
 
 @contextmanager

@@ -267,6 +267,19 @@ def test_a_worker_that_freezes_in_a_transaction_does_not_hold_its_job(
         frozen.close()
 
 
+def test_a_connection_that_is_in_use_when_its_database_is_closed_ends_when_it_comes_back(
+    postgresql_database: Database,
+) -> None:
+    database = Database(postgresql_database.url.render_as_string(hide_password=False))
+    with database.reading() as session:
+        session.execute(text("SELECT 1"))
+        connection = session.connection().connection.dbapi_connection
+        assert connection is not None
+        database.close()
+        assert not connection.closed  # type: ignore[attr-defined]
+    assert connection.closed  # type: ignore[attr-defined]
+
+
 def _end_every_connection(database: Database) -> None:
     other = Database(database.url.render_as_string(hide_password=False))
     try:

@@ -20,7 +20,8 @@ def address(capsule: Any) -> int:
     return int(pool._address_in(capsule, None))
 
 
-@given(st.lists(st.one_of(st.integers(1, 5000), st.floats(0, 0.999)), max_size=60))
+# Not `st.floats`: torch has the process take subnormal numbers for 0, which Hypothesis objects to.
+@given(st.lists(st.one_of(st.integers(1, 5000), st.integers(0, 999).map(lambda each: each / 1000)), max_size=60))
 def test_what_is_in_use_never_overlaps_and_nothing_is_lost(steps: list[int | float]) -> None:
     """A whole number asks for so many bytes; a fraction frees the block at that place among those in use."""
     made, blocks = Pool(), list[tuple[Any, int]]()

@@ -46,7 +46,7 @@ from worker.networks import load
 from worker.upscale import enlarge, prepare_process
 
 LONGEST_SECONDS = 3600.0
-LOOK_SECONDS = 0.05
+LOOK_SECONDS = 0.5
 BARE_SECONDS = 4.0
 BARE_SIZE_PX = (448, 150)
 

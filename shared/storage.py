@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -38,6 +39,8 @@ LEAST_PART_BYTES = 5 * 1024 * 1024
 STREAM_CHUNK_BYTES = 256 * 1024
 POOLED_CONNECTIONS = 50
 _QUICK_LINK_SECONDS = 60
+_MAKING = threading.Lock()
+"""Held while a client is made: boto3's sessions are not for two threads at once, and its clients are."""
 _THIS_MACHINE = frozenset({"localhost", "127.0.0.1", "::1"})
 _MISSING_CODES = frozenset({"404", "NoSuchKey", "NotFound"})
 
@@ -103,14 +106,15 @@ class Storage:
             # A proxy for the world outside knows nothing of this machine; None is what the environment says.
             proxies={} if self._is_here else None,
         )
-        return _sdk().client(
-            "s3",
-            aws_access_key_id=settings.storage_access_key or None,
-            aws_secret_access_key=settings.storage_secret_key or None,
-            region_name=settings.storage_region,
-            config=config,
-            endpoint_url=endpoint_url or None,
-        )
+        with _MAKING:
+            return _sdk().client(
+                "s3",
+                aws_access_key_id=settings.storage_access_key or None,
+                aws_secret_access_key=settings.storage_secret_key or None,
+                region_name=settings.storage_region,
+                config=config,
+                endpoint_url=endpoint_url or None,
+            )
 
     @property
     def _is_here(self) -> bool:

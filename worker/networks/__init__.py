@@ -48,7 +48,8 @@ STRIP_COLUMNS = 2048
 grow with the width: a twenty-fifth more work for a halo of 40 px. Very wide ones are cut narrower (`Network.columns`).
 """
 LATER_STRIP_PX = STRIP_PX // 4
-"""Of the graphs behind the first, which work on more values for each px of the input."""
+"""Of the graphs behind the first, which work on more values for each px of the input. Where a strip is not wide it may
+have twice as many: that is quicker, and memory is no question there."""
 POOL_KEPT_BYTES = 100_000_000
 """Memory that is kept for the next picture: enough for small ones, of which fresh pages would be a part of the work."""
 WINOGRAD_ROWS = 6
@@ -217,7 +218,9 @@ class Network:
     def _strip_rows(self, each: Strips, width: int) -> int:
         # So many that on the output's grid, where most of the work is, they are a multiple of what is made at once.
         step = WINOGRAD_ROWS // math.gcd(WINOGRAD_ROWS, each.output.grid)
-        px = STRIP_PX if each is self._strips[0] else LATER_STRIP_PX
+        px = STRIP_PX
+        if each is not self._strips[0]:
+            px = LATER_STRIP_PX * (2 if width <= STRIP_COLUMNS // 2 else 1)
         return max(step, px // width // step * step)
 
     def __call__(self, tile: Tensor, *, keep: Keep | None = None, half: bool = False) -> Tensor:

@@ -129,8 +129,8 @@ def is_drained(session: Session, worker_id: str) -> bool:
     return session.scalar(select(Worker.drained_at).where(Worker.id == worker_id)) is not None
 
 
-def working_on(session: Session, worker_id: str, job_id: str | None, *, now: datetime) -> None:
-    """The process has taken this job, or with None has ended the one it had. Belongs in that job's transaction."""
+def working_on(session: Session, worker_id: str, job_id: str, *, now: datetime) -> None:
+    """The process has taken this job. Belongs in the job's transaction."""
     _change(session, worker_id, seen_at=now, current_job_id=job_id)
 
 

@@ -893,7 +893,7 @@ class Executor:
         worker_id = self.presence.facts.id
         try:
             with self._database.transaction() as session:
-                workers.working_on(session, worker_id, None, now=clock(session))
+                workers.done_with(session, worker_id, claim.job_id, now=clock(session))
                 match outcome:
                     case Retryable(error) | Fatal(error):
                         shards.give_back(session, claim, error)
@@ -926,7 +926,8 @@ class Executor:
             return work()
         except BaseException as error:  # noqa: BLE001 - whatever it is, it becomes an Outcome
             outcome = decide(error, on_gpu=device == "gpu", priority=job.priority)
-            self.must_end = isinstance(error, DeviceBroken | SystemExit)
+            # Of two attempts either may be the one; the other does not take it back.
+            self.must_end = self.must_end or isinstance(error, DeviceBroken | SystemExit)
             _log_broken_off(error, outcome)
             return outcome
 

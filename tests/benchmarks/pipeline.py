@@ -8,7 +8,8 @@ takes them; what is read afterwards is what the attempts have written down, in t
     busy       of the time from the first claim to the last success, the share in which the network ran
     overhead   of one job, from claim to success, what was neither network nor codec (decode; encoding that the network
                did not cover): SQL, storage, scratch files, the sandbox's hand-over, thumbnails
-    turn       from one job's success to the next one's claim: Celery, Redis and the claim's own transaction
+    turn       from one job's success to the next one's claim; below 0 by so much as the next was claimed before, since
+               the last is encoded, stored and recorded beside it
 """
 
 from __future__ import annotations

@@ -55,12 +55,18 @@ def test_a_process_that_enlists_is_alive_until_it_is_silent_or_stops(database: D
 def test_a_process_says_which_job_it_works_on(database: Database, now: datetime) -> None:
     with database.transaction() as session:
         workers.enlist(session, FACTS, now=now)
-    for job_id in ("job_1", None):
+    for change, job_id, current in (
+        (workers.working_on, "job_1", "job_1"),
+        (workers.working_on, "job_2", "job_2"),
+        # It was finished beside the other.
+        (workers.done_with, "job_1", "job_2"),
+        (workers.done_with, "job_2", None),
+    ):
         with database.transaction() as session:
-            workers.working_on(session, FACTS.id, job_id, now=now)
+            change(session, FACTS.id, job_id, now=now)
         found = row(database)
         assert found is not None
-        assert found.current_job_id == job_id
+        assert found.current_job_id == current
 
 
 def test_processes_not_heard_of_for_a_week_are_forgotten(database: Database, now: datetime) -> None:

@@ -930,6 +930,9 @@ def test_a_broken_device_ends_the_process_after_the_attempt_is_recorded(bench: B
     with bench.database.transaction() as session:
         (attempt,) = session.query(Attempt)
         assert (attempt.outcome, attempt.error_code) == ("retryable", "internal")
+    # An attempt that was being finished beside it and fails otherwise does not change that.
+    assert isinstance(bench.executor.run(bench.submit(b"no picture at all")), Fatal)
+    assert bench.executor.must_end
 
 
 # --- a database that is away ----------------------------------------------------------------------------------------

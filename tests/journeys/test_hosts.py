@@ -1,8 +1,13 @@
 """Two hosts, as the kernel sees them: image workers in network namespaces of their own, each with its own address and
-name, from which SQL, Redis and S3 can be reached and nothing else. One is cut off in the middle of a job."""
+name, from which SQL, Redis and S3 can be reached and nothing else. One is cut off in the middle of a job.
+
+Their cables end in a third namespace, the hub. In this one they would be new network interfaces for everybody: Chromium
+drops what it is loading whenever one comes or goes, and the pages' tests run beside these.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import io
 import json
@@ -13,6 +18,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +49,9 @@ SIDE_PX = 72
 """At 24 px a tile a job of this size takes seconds: long enough to be met in the middle."""
 LOST_AFTER_SECONDS = 6.0
 
+HUB = f"enl-{os.getpid()}-hub"
+CLONE_NEWNET = 0x40000000
+
 
 def can_make_hosts() -> bool:
     if os.geteuid() != 0 or not shutil.which("ip") or not shutil.which("unshare"):
@@ -59,11 +68,26 @@ pytestmark = [
 ]
 
 
+def listener_in(namespace: str, host: str) -> socket.socket:
+    """A server's socket that hears what reaches `host` in another network namespace than this process's."""
+
+    def made() -> socket.socket:
+        with Path("/run/netns", namespace).open() as there:
+            if ctypes.CDLL(None, use_errno=True).setns(there.fileno(), CLONE_NEWNET) != 0:
+                raise OSError(ctypes.get_errno(), f"cannot enter the namespace {namespace}")
+        return socket.create_server((host, 0))
+
+    # A thread of its own enters it, and ends; the socket stays where it was made.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(made).result()
+
+
 class Door:
-    """Lets what connects to `host` through to one server of the loopback interface, on a port of its own."""
+    """Lets what connects to `host` in the hub through to one server of this machine's loopback interface, on a port of
+    its own."""
 
     def __init__(self, host: str, port: int) -> None:
-        self._listener = socket.create_server((host, 0))
+        self._listener = listener_in(HUB, host)
         self._target = ("127.0.0.1", port)
         self.port: int = self._listener.getsockname()[1]
         self._open: list[socket.socket] = []
@@ -107,17 +131,17 @@ def ip(*words: str) -> None:
 
 @dataclass
 class Host:
-    """A namespace at the other end of a cable, with one image worker."""
+    """A namespace at the other end of a cable from the hub, with one image worker."""
 
     name: str
     link: str
     process: subprocess.Popen[bytes]
 
     def cut_off(self) -> None:
-        ip("link", "set", self.link, "down")
+        ip("-n", HUB, "link", "set", self.link, "down")
 
     def reconnect(self) -> None:
-        ip("link", "set", self.link, "up")
+        ip("-n", HUB, "link", "set", self.link, "up")
 
 
 MEASURED_QUICKEST: dict[str, calibration.Runtime] = {"host-1": "torch", "host-2": "ncnn"}
@@ -150,11 +174,9 @@ def a_host(closing_all: ExitStack, number: int, settings: Settings, folder: Path
     here, there = f"10.213.{number}.1", f"10.213.{number}.2"
     ip("netns", "add", name)
     closing_all.callback(subprocess.run, ["ip", "netns", "del", name], capture_output=True)
-    # By itself it would go with the namespace, which lives as long as anything in it.
-    closing_all.callback(subprocess.run, ["ip", "link", "del", link], capture_output=True)
-    ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", name)
-    ip("address", "add", f"{here}/30", "dev", link)
-    ip("link", "set", link, "up")
+    ip("-n", HUB, "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", name)
+    ip("-n", HUB, "address", "add", f"{here}/30", "dev", link)
+    ip("-n", HUB, "link", "set", link, "up")
     ip("-n", name, "address", "add", f"{there}/30", "dev", "eth0")
     ip("-n", name, "link", "set", "eth0", "up")
     ip("-n", name, "link", "set", "lo", "up")
@@ -295,6 +317,8 @@ def fleet(
         running.start()
         closing_all.callback(running.join)
         closing_all.callback(stopping.set)
+        ip("netns", "add", HUB)
+        closing_all.callback(subprocess.run, ["ip", "netns", "del", HUB], capture_output=True)
         hosts = {f"host-{n}": a_host(closing_all, n, here, tmp_path) for n in (1, 2)}
         made = Fleet(database, storage, hosts, key.id)
         wait_until(lambda: set(made.working()) == set(hosts), seconds=200, what="both hosts to enlist")

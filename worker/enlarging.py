@@ -563,11 +563,11 @@ class _Behind:
             piece = rows[top : top + step]
             self._encoder.write(piece)
             started = time.perf_counter()
-            compared = self._comparison.compared
             self._comparison.add(piece)
             self.compare_seconds += time.perf_counter() - started
-            # The network is past them, but for a halo that it may read once more.
-            self._picture.rest(compared, self._comparison.compared)
+            # The network is past them, but for a halo that it may read once more. All of them, each time: with a page
+            # that is read the kernel maps those around it, also above.
+            self._picture.rest(0, self._comparison.compared)
         for onlooker in self._onlookers:
             onlooker.made(rows)
 

@@ -125,14 +125,14 @@ class Work:
 
 class Descent:
     """A network on its way down a picture in strips, and where it stands: who asks for the rows that come next goes on
-    from there, and no row of any layer is computed twice. Of one picture and one network."""
+    from there, and no row of any layer is computed twice. Of one picture, one network and one dtype."""
 
     def __init__(self) -> None:
         self._next_row: int | None = None
         self._finished: Iterator[torch.Tensor] = iter(())
         self._rest = torch.empty(3, 0, 0)
 
-    def go_to(self, network: Network, image: NDArray[Any], row: int) -> None:
+    def go_to(self, network: Network, image: NDArray[Any], row: int, dtype: np.dtype[Any]) -> None:
         """The next rows are to be those from `row` of the picture on.
 
         Elsewhere than where it stands it begins as far above as the network sees, and throws that away. Strips then
@@ -144,24 +144,37 @@ class Descent:
         pieces = (
             _unit_floats(image[y : y + FED_ROWS]).transpose(2, 0, 1) for y in range(first, image.shape[0], FED_ROWS)
         )
-        self._finished = network.rows(pieces)
-        self._rest = torch.empty(3, 0, image.shape[1] * network.scale)
+
+        def convert(made: torch.Tensor) -> torch.Tensor:
+            # Here: what has become whole numbers is finite.
+            low, high = (float(value) for value in made.aminmax())
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise _NotFinite(f"The network answered NaN or infinity below row {first}.")
+            return _rounded(made, dtype)
+
+        self._finished = network.rows(pieces, convert)
+        self._rest = self._rest[:, :0]
         self._next_row = first
         if row > first:
             self.take(row - first, network.scale)
 
     def take(self, rows: int, scale: int) -> torch.Tensor:
-        """The next rows of the picture, (3, rows * scale, W * scale) in [0, 1]. What it raises ends the way down: it
-        then stands nowhere."""
+        """The next rows of the picture, (3, rows * scale, W * scale) as `_rounded` has them. What it raises ends the
+        way down: it then stands nowhere."""
         assert self._next_row is not None
         after, self._next_row = self._next_row + rows, None
-        held = [self._rest]
-        while sum(piece.shape[1] for piece in held) < rows * scale:
-            held.append(next(self._finished))
-        whole = torch.cat(held, dim=1)
-        made, self._rest = whole[:, : rows * scale], whole[:, rows * scale :]
+        parts, wanted = [], rows * scale
+        while wanted:
+            if not self._rest.shape[1]:
+                self._rest = next(self._finished)
+            parts.append(self._rest[:, :wanted])
+            self._rest = self._rest[:, parts[-1].shape[1] :]
+            wanted -= parts[-1].shape[1]
+            if wanted:
+                # Copied, lest it keep all that it was made with while more is made.
+                parts[-1] = parts[-1].clone()
         self._next_row = after
-        return made
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def choose_device(wanted: str) -> str:
@@ -399,21 +412,23 @@ def _in_strips(
     and memory does not depend on how the picture is cut."""
     scale = network.scale
     network.on_step = count.tell
-    # The plan may be of some bands in the middle of the picture.
-    descent.go_to(network, image, whole.bands[0].region.y)
-    started = time.perf_counter()
+    started, seconds, made_px = time.perf_counter(), 0.0, 0
     for band in whole.bands:
-        made = descent.take(band.region.height, scale)
-        low, high = (float(value) for value in made.aminmax())
         try:
-            _check_finite(low, high, band.region)
+            # The plan may be of some bands in the middle of the picture.
+            descent.go_to(network, image, band.region.y, dtype)
+            made = descent.take(band.region.height, scale).permute(1, 2, 0)
+            pixels = made.numpy().astype(dtype, copy=False)
+            low, high = (float(value) / _top_of(dtype) for value in (pixels.min(), pixels.max()))
             _check_not_flat(low, high, image, band.region)
         except _NotPlausible as error:
             count.repairs.tiles_not_finite += isinstance(error, _NotFinite)
             count.repairs.bands_flat += isinstance(error, _Flat)
             raise BadOutput(str(error), model=network.card.name, device=str(network.device)) from error
-        pixels = _quantized(made.permute(1, 2, 0), dtype)
-        network.observe(network.multiply_adds(band.region.area_px, band.region.area_px), time.perf_counter() - started)
+        # Of all so far: several bands are made at once, and cost the first of them all and the others nothing.
+        seconds += time.perf_counter() - started
+        made_px += band.region.area_px
+        network.observe(network.multiply_adds(made_px, made_px), seconds)
         for _ in band.tiles:
             count.tile_done()
         yield UpscaledBand(band, band.region.y * scale, pixels)
@@ -486,9 +501,8 @@ def _check_not_flat(darkest: float, brightest: float, image: NDArray[Any], regio
     input's do."""
     if brightest - darkest < FLAT_OUTPUT_RANGE:
         shown = image[region.y : region.bottom]
-        full = np.iinfo(image.dtype).max if image.dtype.kind == "u" else 1
         # Channel by channel: a picture of one colour is flat too.
-        if float(np.ptp(shown.astype(np.float32), axis=(0, 1)).max()) / full > FLAT_INPUT_RANGE:
+        if float(np.ptp(shown.astype(np.float32), axis=(0, 1)).max()) / _top_of(image.dtype) > FLAT_INPUT_RANGE:
             raise _Flat(f"The network's answer for rows {region.y} to {region.bottom} is flat; the input is not.")
 
 
@@ -541,12 +555,21 @@ def _unit_floats(values: NDArray[Any]) -> NDArray[np.float32]:
 
 def _quantized(values: torch.Tensor, dtype: np.dtype[Any]) -> NDArray[Any]:
     """float32 in [0, 1] on any device -> `dtype` on the host: itself, or rounded to uint8 or uint16."""
+    return _rounded(values, dtype).cpu().numpy().astype(dtype, copy=False)
+
+
+def _rounded(values: torch.Tensor, dtype: np.dtype[Any]) -> torch.Tensor:
+    """The same where they are; what is to be uint16 is int32, for which torch has all operations."""
     if dtype == np.float32:
-        return values.cpu().numpy()
+        return values
     if dtype == np.uint8:
-        return values.mul(255).round_().to(torch.uint8).cpu().numpy()
-    # torch has few operations for uint16: it travels as int32.
-    return values.mul(65535).round_().to(torch.int32).cpu().numpy().astype(dtype)
+        return values.mul(255).round_().to(torch.uint8)
+    return values.mul(65535).round_().to(torch.int32)
+
+
+def _top_of(dtype: np.dtype[Any]) -> int:
+    """What stands for 1."""
+    return int(np.iinfo(dtype).max) if dtype.kind == "u" else 1
 
 
 def _quantize(rows: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:

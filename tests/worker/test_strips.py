@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, cast
 
@@ -227,9 +227,9 @@ def test_a_shard_in_strips_is_what_it_is_in_the_whole_to_one_level(
     descent, calls = Descent(), list[int]()
     plain_rows = network.rows
 
-    def counted(given: Iterable[NDArray[np.float32]]) -> Iterator[torch.Tensor]:
+    def counted(given: Iterable[NDArray[np.float32]], convert: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
         calls.append(1)
-        return plain_rows(given)
+        return plain_rows(given, convert)
 
     monkeypatch.setattr(network, "rows", counted)
     pieces = []
@@ -309,8 +309,8 @@ def test_an_answer_that_cannot_be_right_is_refused(
 ) -> None:
     network = network_of(srresnet())
 
-    def rows(pieces: Any) -> Iterator[Tensor]:
-        yield torch.full((3, 4 * 30, 4 * 20), answer)
+    def rows(_pieces: Any, convert: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+        yield convert(torch.full((3, 4 * 30, 4 * 20), answer))
 
     monkeypatch.setattr(network, "rows", rows)
     repairs = Repairs()

@@ -165,44 +165,78 @@ class Network:
         cuts = [strip_columns(width, count, self.halo_px) for count in range(fewest, most + 1)]
         return next((cut for cut in cuts if self._strips_bytes(cut) <= enough), min(cuts, key=self._strips_bytes))
 
-    def rows(self, pieces: Iterable[NDArray[np.float32]]) -> Iterator[Tensor]:
+    def rows(
+        self, pieces: Iterable[NDArray[np.float32]], convert: Callable[[Tensor], Tensor] = lambda made: made
+    ) -> Iterator[Tensor]:
         """A whole picture from its top down, in strips over its whole width: every row of every layer is computed once.
 
         pieces: (3, h, W) in [0, 1], with `h` as it comes -> (3, h' * scale, W * scale) in [0, 1], finished rows, of
-        another `h'`. Calls `on_step` meanwhile. Only where `runtime` is `ncnn`. Raises OutOfMemory.
+        another `h'`, whose memory is in the order of rows, columns, channels. `convert` makes of some of them what is to
+        be held until those beside them are made, (3, h, w) -> the same of another dtype, say. Calls `on_step` meanwhile.
+        Only where `runtime` is `ncnn`. Raises OutOfMemory, and what `convert` raises.
         """
         pieces = iter(pieces)
         first = next(pieces)
+        width = first.shape[2] * self.scale
         spans = self.columns(first.shape[2])
         pieces = itertools.chain([first], pieces)
         parts = [
             self._part(_columns(copy, read), spans[0][1].stop - spans[0][1].start)
             for copy, (_, read) in zip(itertools.tee(pieces, len(spans)), spans, strict=True)
         ]
-        kept = [
-            slice((keep.start - read.start) * self.scale, (keep.stop - read.start) * self.scale) for keep, read in spans
-        ]
         try:
-            for made in zip(*parts, strict=True):
-                yield torch.cat([part[:, :, columns] for part, columns in zip(made, kept, strict=True)], dim=2)
+            # Turn by turn, and each goes down as far as one strip of its first graph brings it: what is between two
+            # graphs is larger than anything else, and never held for two parts at once.
+            while (turn := next(parts[0], None)) is not None:
+                whole = torch.empty(0)
+                for index, (part, (keep, read)) in enumerate(zip(parts, spans, strict=True)):
+                    columns = slice((keep.start - read.start) * self.scale, (keep.stop - read.start) * self.scale)
+                    made = [convert(piece[:, :, columns]) for piece in (turn if index == 0 else next(part))]
+                    if not made:
+                        continue
+                    if index == 0:
+                        whole = torch.empty(sum(piece.shape[1] for piece in made), width, 3, dtype=made[0].dtype)
+                    top = 0
+                    for piece in made:
+                        beside = whole[top : top + piece.shape[1], keep.start * self.scale : keep.stop * self.scale]
+                        beside.copy_(piece.permute(1, 2, 0))
+                        top += piece.shape[1]
+                if len(whole):
+                    yield whole.permute(2, 0, 1)
         finally:
             for each in self._ready_strips():
                 if each.pool.held_bytes > POOL_KEPT_BYTES:
                     each.pool.clear()
 
-    def _part(self, pieces: Iterable[NDArray[np.float32]], width: int) -> Iterator[Tensor]:
-        """What the strips and `Architecture.finish` make of some columns, about `width` of them."""
-        for each in self._ready_strips():
-            rows = self._strip_rows(each, width)
-            pieces = each.through(pieces, rows=rows, on_step=lambda: self.on_step())
-        kept: Tensor | None = None
+    def _part(self, pieces: Iterable[NDArray[np.float32]], width: int) -> Iterator[Iterator[Tensor]]:
+        """What the strips and `Architecture.finish` make of some columns, about `width` of them: of each strip of the
+        first graph all that it brings, and at last what is left, which is to be read before the next."""
+        first, *later = self._ready_strips()
+        passages = [
+            each.passage(rows=self._strip_rows(each, width), on_step=lambda: self.on_step()) for each in later
+        ]
+        kept = torch.empty(0)
         count = self.module.drawn_rows_kept
-        for piece in pieces:
-            drawn = torch.from_numpy(piece)
-            whole = drawn if kept is None else torch.cat([kept, drawn], dim=1)
-            kept = whole[:, whole.shape[1] - count :]
-            if whole.shape[1] > count:
-                yield self.module.finish(whole)
+
+        def finished(made: Iterable[NDArray[np.float32]], *, is_last: bool) -> Iterator[Tensor]:
+            nonlocal kept
+            for passage in passages:
+                made = passage.feed(made, is_last=is_last)
+            for piece in made:
+                drawn = torch.from_numpy(piece)
+                whole = torch.cat([kept, drawn], dim=1) if len(kept) else drawn
+                # Copied: it would keep the whole.
+                kept = whole[:, whole.shape[1] - count :].clone()
+                if whole.shape[1] > count:
+                    yield self.module.finish(whole)
+
+        for made in first.through(pieces, rows=self._strip_rows(first, width), on_step=lambda: self.on_step()):
+            turn = finished([made], is_last=False)
+            # Until its next turn the part has nothing of it but what the graphs below keep.
+            del made
+            yield turn
+        if passages:
+            yield finished([], is_last=True)
 
     def _ready_strips(self) -> tuple[Strips, ...]:
         threads = torch.get_num_threads()

@@ -255,11 +255,36 @@ class Strips:
         Yields (C', h', W') as they are finished, the last when all are in. `on_step` is called now and then within a
         strip; what it raises passes. Raises OutOfMemory where ncnn has none.
         """
-        above: dict[str, Any] = {}
-        first, last = self._first_and_last(rows)
-        for piece, is_last in _strips_of(pieces, first, rows, last):
-            made, above = _Step(self, piece, above, is_last=is_last).run(on_step)
-            yield made
+        return self.passage(rows=rows, on_step=on_step).feed(pieces, is_last=True)
+
+    def passage(self, *, rows: int, on_step: Callable[[], None] = lambda: None) -> Passage:
+        """As `through`, for who feeds it bit by bit."""
+        return Passage(self, rows, on_step)
+
+
+class Passage:
+    """One picture on its way down through Strips."""
+
+    def __init__(self, strips: Strips, rows: int, on_step: Callable[[], None]) -> None:
+        self._strips, self._on_step = strips, on_step
+        first, last = strips._first_and_last(rows)
+        self._cut = _Cut(first, rows, last)
+        self._above: dict[str, Any] = {}
+
+    def feed(self, pieces: Iterable[NDArray[np.float32]], *, is_last: bool) -> Iterator[NDArray[np.float32]]:
+        """What the next rows bring, (C, h, W) at a time -> (C', h', W') at a time; of the last, `is_last`, all."""
+        for piece in pieces:
+            for strip in self._cut.add(piece):
+                yield self._made(strip, is_last=False)
+        if is_last:
+            *before, last = self._cut.end()
+            for strip in before:
+                yield self._made(strip, is_last=False)
+            yield self._made(last, is_last=True)
+
+    def _made(self, strip: NDArray[np.float32], *, is_last: bool) -> NDArray[np.float32]:
+        made, self._above = _Step(self._strips, strip, self._above, is_last=is_last).run(self._on_step)
+        return made
 
 
 @dataclass(frozen=True)
@@ -372,37 +397,44 @@ def _takes_all(layer: _Window, kept: _Kept) -> bool:
     return layer.rows - 1 == kept.rows and layer.above == kept.zeros
 
 
-def _strips_of(
-    pieces: Iterable[NDArray[np.float32]], first: int, rows: int, last: int
-) -> Iterator[tuple[NDArray[np.float32], bool]]:
-    """(strip, whether it is the last): the first of `first` rows, then `rows` each; the last of 1 to `last` unless it
+class _Cut:
+    """Pieces of any height become strips: the first of `first` rows, then `rows` each; the last of 1 to `last` unless it
     is the first too."""
-    held: list[NDArray[np.float32]] = []
 
-    def taken(count: int) -> NDArray[np.float32]:
+    def __init__(self, first: int, rows: int, last: int) -> None:
+        self._rows, self._most_last = rows, last
+        self._wanted = first
+        self._held: list[NDArray[np.float32]] = []
+        self._ready = 0
+
+    def add(self, piece: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
+        """The strips that are complete now, and of which none is the last."""
+        self._held.append(piece)
+        self._ready += piece.shape[1]
+        del piece
+        while self._ready > self._wanted:
+            yield self._taken(self._wanted)
+            self._wanted = self._rows
+        # A copy of the few rows that are left: they would keep all that they came with.
+        self._held[-1] = self._held[-1].copy()
+
+    def end(self) -> Iterator[NDArray[np.float32]]:
+        """No more comes: what is left, as one strip or two."""
+        if self._wanted == self._rows and self._ready > self._most_last:
+            yield self._taken(self._ready - self._most_last)
+        yield self._taken(self._ready)
+
+    def _taken(self, count: int) -> NDArray[np.float32]:
         """So many rows, copied: of what was handed in nothing is held that has gone on."""
+        self._ready -= count
         parts = []
         while count:
-            parts.append(held[0][:, :count])
+            parts.append(self._held[0][:, :count])
             count -= parts[-1].shape[1]
-            held[0] = held[0][:, parts[-1].shape[1] :]
-            if not held[0].shape[1]:
-                del held[0]
+            self._held[0] = self._held[0][:, parts[-1].shape[1] :]
+            if not self._held[0].shape[1]:
+                del self._held[0]
         return np.concatenate(parts, axis=1)
-
-    ready, wanted = 0, first
-    for piece in pieces:
-        held.append(piece)
-        ready += piece.shape[1]
-        del piece
-        while ready > wanted:
-            ready -= wanted
-            yield taken(wanted), False
-            wanted = rows
-    if wanted == rows and ready > last:
-        yield taken(ready - last), False
-        ready = last
-    yield taken(ready), True
 
 
 class _Step:

@@ -37,8 +37,9 @@ TILE_MEMORY_BYTES = 1_000_000_000
 LEAST_HALOS = 20
 """A tile or band so many halos wide or high is large enough: less than a tenth of it is computed twice, and what is
 saved beyond that is not worth its memory."""
-ENOUGH_TILE_PX = 512
-"""Side that a tile may have however small its halo: calls of fewer px cost more than they do."""
+ENOUGH_TILE_PX = {"cpu": 192, "cuda": 512}
+"""Side that a tile may have however small its halo. On a GPU calls of fewer px cost more than they do; on a CPU the
+layers of larger ones leave the cache, and the smallest networks are two to three times as slow."""
 BAND_RESULT_BYTES = 32 * 2**20
 """A band's result in 8 bits may take so much however high its halo would have it. It is held up to three times: while
 it is made, while it waits and while it is encoded."""
@@ -253,7 +254,7 @@ def _plan_pass(network: Network, width: int, height: int, tile_px: int, memory_b
     if width * height <= 2 * by_time:
         by_time = width * height
     enough_px = LEAST_HALOS * network.halo_px
-    by_halo = (max(ENOUGH_TILE_PX, enough_px) + 2 * network.halo_px) ** 2
+    by_halo = (max(ENOUGH_TILE_PX[network.device.type], enough_px) + 2 * network.halo_px) ** 2
     # A band is held as RGB at the network's scale, for gray pictures as float32.
     values_per_px = 3 * network.scale**2
     return choose_plan(

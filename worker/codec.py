@@ -942,7 +942,8 @@ def hold_few_rows() -> None:
     the same time.
     """
     try:
-        import _libvips  # noqa: PLC0415 - where pyvips is not compiled there is none
+        # Where pyvips is not compiled there is none.
+        import _libvips
 
         # Linked to libvips: what is asked of it is looked for there, and in GLib.
         library = ctypes.CDLL(_libvips.__file__)

@@ -35,8 +35,11 @@ LEAST_KEPT_PX = 96
 TILE_MEMORY_BYTES = 1_000_000_000
 
 LEAST_HALOS = 20
-"""A tile or band so many halos wide or high is large enough: less than a tenth of it is computed twice, and what is
-saved beyond that is not worth its memory."""
+"""A tile so many halos wide or high is large enough: less than a tenth of it is computed twice, and what is saved
+beyond that is not worth its memory."""
+LEAST_HALOS_OF_BAND = {"cpu": 12, "cuda": 20}
+"""The same of a band's height. On a CPU networks of large halos run in strips, where there is ncnn, and those of small
+ones are limited by the encoder."""
 ENOUGH_TILE_PX = {"cpu": 192, "cuda": 512}
 """Side that a tile may have however small its halo. On a GPU calls of fewer px cost more than they do; on a CPU the
 layers of larger ones leave the cache, and the smallest networks are two to three times as slow."""
@@ -263,7 +266,8 @@ def _plan_pass(network: Network, width: int, height: int, tile_px: int, memory_b
         halo_px=network.halo_px,
         most_read_px=max(1, min(by_memory, by_time, by_halo)),
         most_band_px=min(
-            memory_bytes // (4 * values_per_px), max(BAND_RESULT_BYTES // values_per_px, width * enough_px)
+            memory_bytes // (4 * values_per_px),
+            max(BAND_RESULT_BYTES // values_per_px, width * LEAST_HALOS_OF_BAND[network.device.type] * network.halo_px),
         ),
     )
 

@@ -1,6 +1,6 @@
 """What memory a large picture takes: an image worker's peak over its idle level, by network, format and size.
 
-    python -m tests.benchmarks.memory [--megapixels 12,24,48] [--models srgan,lanczos] [--formats png,tiff] [--json F]
+    python -m tests.benchmarks.memory [--megapixels 12,24,48] [--models srgan,lanczos] [--formats png,tiff]
     python -m tests.benchmarks.memory --widths 4000,6000,8000     # the networks alone, in strips
 
 Each figure comes from a fresh process that is a whole image worker (decoder in its sandbox, SQL, real S3) and makes one
@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--megapixels", default="12,24,48", help="sizes of the inputs; or 4000x300: whole low pictures")
     parser.add_argument("--models", default="srgan,lanczos", help="the networks")
     parser.add_argument("--formats", default="png,jpeg", help="of the results")
+    parser.add_argument("--input", default="jpeg", choices=("jpeg", "png"), help="what the inputs are written as")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=STOP_AFTER_SECONDS, help="longest that a network may run")
     parser.add_argument("--widths", default="", help="measure the networks alone, over pictures so many px wide")
@@ -84,6 +85,7 @@ def main() -> None:
         sizes=asked.megapixels.split(","),
         models=asked.models.split(","),
         formats=asked.formats.split(","),
+        input=asked.input,
         rounds=asked.rounds,
         stop_after_seconds=asked.seconds,
         tile_px=asked.tile_px,
@@ -98,6 +100,7 @@ def measure(
     sizes: Sequence[str] = ("12", "24", "48"),
     models: Sequence[str] = ("srgan", "lanczos"),
     formats: Sequence[str] = ("png", "jpeg"),
+    input: str = "jpeg",
     rounds: int = 1,
     stop_after_seconds: float = STOP_AFTER_SECONDS,
     tile_px: int = 0,
@@ -108,7 +111,7 @@ def measure(
     10^6. `told` prints each as it comes."""
     peaks: dict[tuple[str, str, str], dict[str, Any]] = {}
     with _servers() as environ, tempfile.TemporaryDirectory() as folder:
-        pictures = {size: _picture(Path(folder), size) for size in sizes}
+        pictures = {size: _picture(Path(folder), size, input) for size in sizes}
         if told:
             print("model              result     input  result MP  peak over idle MB  decoder MB      s  1.5 GB")
         for _ in range(rounds):
@@ -195,8 +198,8 @@ def _servers() -> Iterator[dict[str, str]]:
         }
 
 
-def _picture(folder: Path, size: str) -> Path:
-    """A made photograph, a JPEG: soft shapes, and noise so that it compresses about as photographs do."""
+def _picture(folder: Path, size: str, format: str = "jpeg") -> Path:
+    """A made photograph: soft shapes, and noise so that it compresses about as photographs do."""
     if "x" in size:
         width, height = (int(side) for side in size.split("x"))
     else:
@@ -211,8 +214,8 @@ def _picture(folder: Path, size: str) -> Path:
             part = rgb[y : y + 997, x : x + 991]
             part //= 2
             part += 60 + tile[: part.shape[0], : part.shape[1]]
-    path = folder / f"{size}.jpg"
-    Image.fromarray(rgb).save(path, "JPEG", quality=90)
+    path = folder / f"{size}.{format}"
+    Image.fromarray(rgb).save(path, format.upper(), **({"quality": 90} if format == "jpeg" else {"compress_level": 1}))
     return path
 
 

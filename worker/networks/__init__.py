@@ -171,9 +171,9 @@ class Network:
         """A whole picture from its top down, in strips over its whole width: every row of every layer is computed once.
 
         pieces: (3, h, W) in [0, 1], with `h` as it comes -> (3, h' * scale, W * scale) in [0, 1], finished rows, of
-        another `h'`, whose memory is in the order of rows, columns, channels. `convert` makes of some of them what is to
-        be held until those beside them are made, (3, h, w) -> the same of another dtype, say. Calls `on_step` meanwhile.
-        Only where `runtime` is `ncnn`. Raises OutOfMemory, and what `convert` raises.
+        another `h'`, whose memory is in the order of rows, columns, channels. `convert` makes of a part of them what is
+        held until those beside it are made: (3, h, w) -> the same, of another dtype. Calls `on_step` meanwhile. Only
+        where `runtime` is `ncnn`. Raises OutOfMemory, and what `convert` raises.
         """
         pieces = iter(pieces)
         first = next(pieces)
@@ -212,9 +212,7 @@ class Network:
         """What the strips and `Architecture.finish` make of some columns, about `width` of them: of each strip of the
         first graph all that it brings, and at last what is left, which is to be read before the next."""
         first, *later = self._ready_strips()
-        passages = [
-            each.passage(rows=self._strip_rows(each, width), on_step=lambda: self.on_step()) for each in later
-        ]
+        passages = [each.passage(rows=self._strip_rows(each, width), on_step=lambda: self.on_step()) for each in later]
         kept = torch.empty(0)
         count = self.module.drawn_rows_kept
 

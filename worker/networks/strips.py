@@ -398,8 +398,8 @@ def _takes_all(layer: _Window, kept: _Kept) -> bool:
 
 
 class _Cut:
-    """Pieces of any height become strips: the first of `first` rows, then `rows` each; the last of 1 to `last` unless it
-    is the first too."""
+    """Pieces of any height become strips: the first of `first` rows, then `rows` each; the last of 1 to `last`, unless
+    it is the first too."""
 
     def __init__(self, first: int, rows: int, last: int) -> None:
         self._rows, self._most_last = rows, last

@@ -34,6 +34,7 @@ from worker.networks import Network, load
 from worker.parts import Layout, PartWriter, open_part
 from worker.tiling import Band, Plan
 from worker.upscale import Descent, EnlargedRows, Repairs, Work
+from worker.usage import available_bytes
 
 # The slowest kinds seen (16-bit with a colour profile; AVIF) take a tenth of this: what a lease is asked for must
 # suffice on a busy machine too.
@@ -278,6 +279,15 @@ class Engine:
             max_input_px=self._max_input_px,
             max_output_px=self._max_output_px,
             lossless=wanted.lossless,
+        )
+        has_alpha = facts.has_alpha and wanted.alpha != "flatten"
+        codec.check_memory(
+            wanted.format,
+            width,
+            height,
+            has_alpha=has_alpha,
+            lossless=wanted.lossless,
+            available_bytes=available_bytes(),
         )
         watch.begins("decode", expected_seconds=facts.pixels / DECODE_PX_PER_SECOND)
         with clock.time("decode"):

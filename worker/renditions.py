@@ -16,6 +16,7 @@ from shared.renditions import RenditionClaim
 from shared.storage import Storage
 from shared.telemetry import log
 from worker import codec
+from worker.usage import available_bytes
 
 
 def make(database: Database, storage: Storage, job_id: str, kind: str) -> None:
@@ -68,6 +69,7 @@ def _make(storage: Storage, job: Job, claim: RenditionClaim) -> tuple[str, int]:
                 quality=job.quality,
                 lossless=job.lossless and format_named(claim.kind).lossless == "on request",
                 background=job.background,
+                available_bytes=available_bytes(),
             )
             format = format_named(claim.kind)
             key, mime_type = f"{job.blob_prefix}/rendition-{claim.number}{format.extension}", format.mime_type

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -41,6 +42,18 @@ class Usage:
 
     def _memory_bytes(self) -> int:
         return int(self._process.memory_info().rss)
+
+
+def available_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory that this process could still take: what the machine has left or, in a container, its bound less what it
+    holds, files that the kernel keeps there not counted."""
+    left = int(psutil.virtual_memory().available)
+    # cgroup v2, where a container sees its own group as the root; "max" is no bound.
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        bound = int((cgroup / "memory.max").read_text())
+        held = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        left = min(left, bound - int(held["anon"]) - int(held["shmem"]))
+    return max(0, left)
 
 
 def _gpu() -> Any:

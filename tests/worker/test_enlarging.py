@@ -19,6 +19,7 @@ from shared.errors import (
     FormatCannotHoldSize,
     InvalidImage,
     ModelUnavailable,
+    OutOfMemory,
     OutputTooLarge,
     TooManyPixels,
 )
@@ -330,6 +331,27 @@ def test_what_cannot_be_made_is_refused(
         engine.enlarge_file(a_file(Image.new("RGB", size)), tmp_path / "result", wanted)
     assert all(network.calls == 0 for network in loaded.values())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_format_that_takes_more_memory_than_there_is_is_refused(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(enlarging, "available_bytes", lambda: 14 * 400 * 320)
+    photo, cut_out = (Image.fromarray(ramp(80, 100, channels)) for channels in (3, 4))
+    for image, wanted, needed in (
+        (photo, Wanted(format="webp"), 5.2),
+        (cut_out, Wanted(format="webp"), 14),
+        (cut_out, Wanted(format="png"), 0),
+        (photo, Wanted(format="webp", lossless=True), 17),
+        (photo, Wanted(format="avif"), 35),
+    ):
+        if needed <= 14:
+            assert engine.enlarge_file(a_file(image), tmp_path / "result", wanted).bytes
+            continue
+        with pytest.raises(OutOfMemory, match="PNG, JPEG and TIFF need not be held") as refused:
+            engine.enlarge_file(a_file(image), tmp_path / "refused", wanted)
+        assert refused.value.facts["needed_bytes"] == needed * 400 * 320
+    assert not (tmp_path / "refused").exists()
 
 
 def test_a_file_that_is_no_picture_is_refused(engine: Engine, tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pynvml
 import pytest
 
-from worker.usage import Usage
+from worker.usage import Usage, available_bytes
 
 
 def test_without_a_gpu_it_tells_processor_and_memory() -> None:
@@ -43,3 +44,14 @@ def test_a_gpu_tells_its_share_and_memory(monkeypatch: pytest.MonkeyPatch, visib
     assert handles == [asked]
     assert (told["gpu_share"], told["vram_bytes"], told["vram_total_bytes"]) == (0.87, 9, 24)
     assert usage.memory()[1] == 9
+
+
+def test_what_is_available_is_bounded_by_the_container(tmp_path: Path) -> None:
+    machine = available_bytes(tmp_path / "none")
+    assert machine > 1_000_000
+    (tmp_path / "memory.stat").write_text("anon 700\nfile 100000\nshmem 50\n")
+    for bound, available in (("1000\n", 250), ("600\n", 0)):
+        (tmp_path / "memory.max").write_text(bound)
+        assert available_bytes(tmp_path) == available
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_bytes(tmp_path) > 1_000_000

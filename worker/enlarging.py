@@ -409,6 +409,7 @@ class Making:
             for samples in _Enlarging(part, precise, repairs).rows():
                 with clock.time("encode"):
                     behind.take(samples)
+                del samples
             with clock.time("encode"):
                 behind.finish()
                 facts = writer.close()
@@ -445,6 +446,7 @@ class Making:
             for samples in _Enlarging(self, precise, repairs).rows():
                 with clock.time("encode"):
                     behind.take(samples)
+                del samples
             labels = self.labels()
             self.watch.begins("encode", expected_seconds=encoded_at_once_px / ENCODE_AT_ONCE_PX_PER_SECOND)
             with clock.time("encode"):
@@ -642,6 +644,8 @@ class _Enlarging:
                     samples = np.concatenate([samples, alpha(finished)[..., None]], axis=2)
             yield samples
             self._bands_done = finished.bands_done
+            # The encoder may be done with it before the network makes the next.
+            del finished, samples
             self._tell()
 
     def _pass(self, number: int, image: NDArray[Any], dtype: type[Any]) -> Iterator[EnlargedRows]:

@@ -322,6 +322,8 @@ def enlarge(
         for finished in _bands(each, image, whole, count, np.dtype(dtype), descent):
             bands_done += 1
             yield EnlargedRows(finished.y_px, finished.pixels, bands_done, work.band_count)
+            # Who was given it may be done with it before the next is made.
+            del finished
         return
     reduction = _Reduction(reached_width, reached_height, width * scale, height * scale)
     for finished in _bands(each, image, whole, count, np.dtype(np.float32)):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, cast
@@ -110,6 +111,28 @@ def test_a_wide_picture_is_cut_into_columns(monkeypatch: pytest.MonkeyPatch) -> 
     assert 1 < work.waste < 3
     made = torch.cat(list(network_of(module).rows(pieces(image, 16))), dim=1)
     assert float((made - whole(module, image)).abs().max()) < HALF_A_LEVEL
+
+
+def test_parts_that_wait_hold_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(networks, "STRIP_COLUMNS", 50)
+    module = srresnet()
+    columns, rows = 50 + 2 * module.reach_px, 60
+    monkeypatch.setattr(networks, "STRIP_PX", columns * rows)
+    monkeypatch.setattr(networks, "LATER_STRIP_PX", columns * 6)
+    network, image = network_of(module), picture(300, 400)
+    assert len(network.columns(400)) == 8
+    between_graphs_bytes = 4 * 16 * rows * columns
+    held = []
+    tracemalloc.start()
+    try:
+        for made in network.rows(pieces(image, 16), lambda floats: floats.mul(255).to(torch.uint8)):
+            held.append(tracemalloc.get_traced_memory()[0])
+            assert made.dtype == torch.uint8
+    finally:
+        tracemalloc.stop()
+    assert len(held) > 3
+    # Of eight parts, what lies between body and tail would be eight times that.
+    assert max(held) < 5 * between_graphs_bytes
 
 
 def test_the_x2_and_x3_of_the_compact_network_cannot_be_drawn() -> None:

@@ -9,7 +9,8 @@ import copy
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -180,9 +181,10 @@ class Network:
         width = first.shape[2] * self.scale
         spans = self.columns(first.shape[2])
         pieces = itertools.chain([first], pieces)
+        del first
         parts = [
-            self._part(_columns(copy, read), spans[0][1].stop - spans[0][1].start)
-            for copy, (_, read) in zip(itertools.tee(pieces, len(spans)), spans, strict=True)
+            self._part(columns, spans[0][1].stop - spans[0][1].start)
+            for columns in _in_columns(pieces, [read for _, read in spans])
         ]
         try:
             # Turn by turn, and each goes down as far as one strip of its first graph brings it: what is between two
@@ -328,8 +330,24 @@ def strip_columns(width: int, count: int, halo_px: int) -> list[tuple[slice, sli
     ]
 
 
-def _columns(pieces: Iterable[NDArray[np.float32]], read: slice) -> Iterator[NDArray[np.float32]]:
-    return (piece[:, :, read] for piece in pieces)
+def _in_columns(pieces: Iterable[NDArray[np.float32]], reads: Sequence[slice]) -> list[Iterator[NDArray[np.float32]]]:
+    """For each of `reads` an iterator over those columns of every piece. What all have taken is let go of, where
+    `itertools.tee` would keep up to 57 pieces."""
+    source = iter(pieces)
+    waiting: list[deque[NDArray[np.float32]]] = [deque() for _ in reads]
+
+    def taken(number: int) -> Iterator[NDArray[np.float32]]:
+        while True:
+            if not waiting[number]:
+                piece = next(source, None)
+                if piece is None:
+                    return
+                for queue, read in zip(waiting, reads, strict=True):
+                    queue.append(piece[:, :, read])
+                del piece
+            yield waiting[number].popleft()
+
+    return [taken(number) for number in range(len(reads))]
 
 
 @functools.cache

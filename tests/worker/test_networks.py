@@ -118,7 +118,7 @@ def test_a_card_is_loaded_once_in_a_process() -> None:
     assert load(card("srgan"), "cpu") is not load(card("srresnet"), "cpu")
 
 
-@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 1, 8, 8), (2, 3, 8, 8), (1, 3, 0, 8)])
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 1, 8, 8), (0, 3, 8, 8), (1, 3, 0, 8)])
 def test_a_tile_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="A tile is"):
         load(card("srgan"), "cpu")(torch.zeros(shape))

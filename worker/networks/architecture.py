@@ -15,10 +15,11 @@ Keep = tuple[int, int, int, int]
 class Architecture(nn.Module):
     """A drawn network, and what it costs to run. Each of ours is a subclass in a file of its own.
 
-    A subclass hands its costs to `__init__` and defines `forward`, the network as its paper draws it: (1, 3, H, W) RGB
-    in [0, 1] -> (1, 3, H * scale, W * scale); values a little outside [0, 1] are clipped. What it does inside is its
+    A subclass hands its costs to `__init__` and defines `forward`, the network as its paper draws it: (N, 3, H, W) RGB
+    in [0, 1] -> (N, 3, H * scale, W * scale); values a little outside [0, 1] are clipped. What it does inside is its
     own affair: it may turn the picture to luma and enlarge the chroma plainly, or begin by enlarging everything. Where
-    it has something better than computing all and throwing the halo away, it overrides `enlarge`.
+    it has something better than computing all and throwing the halo away, it overrides `enlarge`. Tiles of one call
+    know nothing of each other: what comes of each is what would come of it alone.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Architecture(nn.Module):
         self.bytes_per_px = bytes_per_px
         """Memory of a call for each input pixel it reads, in float32; the result is counted in."""
         self.fixed_bytes = fixed_bytes
-        """Memory of a call whatever the size of its tile; weights not counted."""
+        """Memory of a call for each of its tiles, whatever their size; weights not counted."""
         self.drawn_rows_kept = 0
         """Rows of the last drawing's output that `finish` wants to see again with those that follow them."""
 
@@ -62,9 +63,9 @@ class Architecture(nn.Module):
         return drawn.clamp(0, 1)
 
     def enlarge(self, x: Tensor, keep: Keep | None = None) -> Tensor:
-        """x: (1, 3, H, W) in [0, 1], float32 or float16 -> (1, 3, H * scale, W * scale) float32 in [0, 1], same device.
+        """x: (N, 3, H, W) in [0, 1], float32 or float16 -> (N, 3, H * scale, W * scale) float32 in [0, 1], same device.
 
-        With `keep` only that part of the result.
+        With `keep` only that part of the result, the same of each tile.
         """
         left, top, width, height = keep or (0, 0, x.shape[3], x.shape[2])
         rows = slice(top * self.scale, (top + height) * self.scale)

@@ -191,7 +191,7 @@ class Batcher:
     def take(self, asked: Asked) -> None:
         with self._changed:
             if self._broken is not None:
-                raise _broken(asked, self._broken)
+                raise _broken(asked, self._broken, only_waited=True)
             if not self._threads:
                 self._threads = [
                     threading.Thread(target=self._make_calls, name="batcher-calls", daemon=True),
@@ -390,22 +390,23 @@ class Batcher:
         self._changed.notify_all()
 
     def _break(self, error: BaseException) -> None:
-        """The device is not to be used any more: all who wait for it hear of it."""
+        """The device is not to be used any more: all who wait for it hear of it, and whether it may have been they."""
         with self._changed:
             self._broken = error
+            suspects = {each.lane for each in self._under_way}
             all_tiles = [*self._under_way, *(each for lane in self._lanes for each in lane.waiting)]
             for lane in self._lanes:
                 lane.waiting.clear()
             self._lanes.clear()
             self._under_way = []
         for each in all_tiles:
-            each.fail(_broken(each, error))
+            each.fail(_broken(each, error, only_waited=each.lane not in suspects))
 
 
-def _broken(asked: Asked, error: BaseException) -> DeviceBroken:
+def _broken(asked: Asked, error: BaseException, *, only_waited: bool) -> DeviceBroken:
     # Each its own: it is raised in several threads.
     device = asked.network.device
-    broken = DeviceBroken(f"{device} failed: {error}", device=str(device))
+    broken = DeviceBroken(f"{device} failed: {error}", device=str(device), only_waited=only_waited)
     broken.__cause__ = error
     return broken
 

@@ -665,3 +665,16 @@ def test_on_a_gpu_what_fails_after_its_call_reaches_everybody(
     monkeypatch.setattr(Event, "synchronize", broken)
     made = held_together(network, batcher, IMAGES[:3])
     assert [type(each) for each in made] == [DeviceBroken] * 3
+
+
+def test_the_benchmark_of_a_gpu_runs_on_a_cpu_and_says_that_its_figures_are_none_of_a_gpu() -> None:
+    from tests.benchmarks import gpu
+
+    measured = gpu.measure("cpu", side=8, batch=2, rounds=1, pictures=3, attempts=2, product_side=16)
+    assert measured["figures"] == gpu.OF_A_CPU
+    assert set(measured["forms"]) == {gpu.OWN, gpu.FLOAT32, gpu.FLOAT16}
+    assert measured["not_measured"] == [gpu.GRAPH, gpu.COMPILED]
+    assert 0 < measured["levels"]["within"] < 2
+    assert measured["end_to_end"]["1 at once"]["calls"] == 3
+    assert 1 < measured["end_to_end"]["2 at once"]["calls"] <= 3
+    gpu.report(measured)

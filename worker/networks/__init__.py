@@ -5,7 +5,6 @@ This room knows tensors and cards, and nothing of jobs, SQL, storage or Celery.
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 import math
@@ -242,7 +241,7 @@ class Network:
         """
         if tile.ndim != 4 or tile.shape[1] != 3 or tile.numel() == 0:
             raise ValueError(f"A tile is (N, 3, H, W), N, H and W at least 1; this is {tuple(tile.shape)}.")
-        dtype = torch.float16 if half else torch.float32
+        dtype = self.module.half_takes if half else torch.float32
         with self._calling:
             module = self._half() if half else self.module
             self.module.on_step = module.on_step = self.on_step
@@ -291,7 +290,7 @@ class Network:
 
     def _half(self) -> Architecture:
         if self._half_module is None:
-            self._half_module = copy.deepcopy(self.module).half()
+            self._half_module = self.module.halved()
         return self._half_module
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Self
 
+import torch
 from torch import Tensor, nn
 
 from worker.networks.strips import Blob, Graph
@@ -37,6 +40,8 @@ class Architecture(nn.Module):
         self.on_step: Callable[[], None] = nothing
         """Called now and then within `forward` and `enlarge` by a network whose calls take long: a sign of life."""
         self.supports_half = True
+        self.half_takes = torch.float16
+        """What `halved` takes; what is given in float32 it rounds itself."""
         self.scale = scale
         self.reach_px = reach_px
         """Input px beyond its own place that an output pixel can depend on, on each side."""
@@ -51,6 +56,10 @@ class Architecture(nn.Module):
         """Memory of a call for each of its tiles, whatever their size; weights not counted."""
         self.drawn_rows_kept = 0
         """Rows of the last drawing's output that `finish` wants to see again with those that follow them."""
+
+    def halved(self) -> Self:
+        """A copy that computes in half precision."""
+        return copy.deepcopy(self).half()
 
     def draw(self) -> list[tuple[Graph, Blob]]:
         """The network as graphs, one fed with the output of the one before, for `worker.networks.strips`; none where

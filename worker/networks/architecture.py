@@ -40,8 +40,9 @@ class Architecture(nn.Module):
         self.on_step: Callable[[], None] = nothing
         """Called now and then within `forward` and `enlarge` by a network whose calls take long: a sign of life."""
         self.supports_half = True
-        self.half_takes = torch.float16
-        """What `halved` takes; what is given in float32 it rounds itself."""
+        self.precise_layers: tuple[str, ...] = ()
+        """Of the first, those that `halved` leaves in float32: where what they read is rounded all later ones see the
+        difference, and generators make much of it. What they hand on is rounded by whoever reads it."""
         self.scale = scale
         self.reach_px = reach_px
         """Input px beyond its own place that an output pixel can depend on, on each side."""
@@ -57,9 +58,18 @@ class Architecture(nn.Module):
         self.drawn_rows_kept = 0
         """Rows of the last drawing's output that `finish` wants to see again with those that follow them."""
 
+    @property
+    def half_takes(self) -> torch.dtype:
+        """Of the tiles that `halved` is given."""
+        return torch.float32 if self.precise_layers else torch.float16
+
     def halved(self) -> Self:
         """A copy that computes in half precision."""
-        return copy.deepcopy(self).half()
+        half = copy.deepcopy(self).half()
+        for name in self.precise_layers:
+            # From the original: its copy has been rounded.
+            half.get_submodule(name).float().load_state_dict(self.get_submodule(name).state_dict())
+        return half
 
     def draw(self) -> list[tuple[Graph, Blob]]:
         """The network as graphs, one fed with the output of the one before, for `worker.networks.strips`; none where

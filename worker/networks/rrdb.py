@@ -74,6 +74,7 @@ class Rrdb(Architecture):
             # What a strip of the tail, at four times the size, holds beyond that.
             fixed_bytes=4 * 16 * CHANNELS * STRIP_PX,
         )
+        self.precise_layers = ("first",)
         self.first = _conv(3, CHANNELS)
         self.blocks = nn.ModuleList(_ResidualInResidual() for _ in range(blocks))
         self.merge = _conv(CHANNELS, CHANNELS)
@@ -106,7 +107,7 @@ class Rrdb(Architecture):
         return result
 
     def _body(self, x: Tensor) -> Tensor:
-        first = y = self.first(x)
+        first = y = self.first(x).to(self.merge.weight.dtype)
         for block in self.blocks:
             y = block(y)
             self.on_step()

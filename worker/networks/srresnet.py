@@ -70,7 +70,8 @@ class SrResNet(Architecture):
             fixed_bytes=4 * 2 * STRIP_PX * 4 * channels,
         )
         self.drawn_rows_kept = 3
-        self.half_takes = torch.float32
+        # A hundredth of the work.
+        self.precise_layers = ("head", "head_slope")
         self.channels = channels
         self.head = nn.Conv2d(3, channels, 9, padding=4)
         self.head_slope = nn.PReLU(channels)
@@ -129,17 +130,6 @@ class SrResNet(Architecture):
         x = x[:, :, first_row : top + height + TAIL_REACH_PX, first_column : left + width + TAIL_REACH_PX]
         left, top = 4 * (left - first_column), 4 * (top - first_row)
         return self._tail(x)[:, :, top : top + 4 * height, left : left + 4 * width]
-
-    def halved(self) -> SrResNet:
-        """All but the first layer, a hundredth of the work: where that was rounded, all later ones saw the difference,
-        and SRGAN made up to four times as much of it."""
-        half = super().halved()
-        half.head.float()
-        half.head_slope.float()
-        # Rounded already where they had been halved.
-        half.head.load_state_dict(self.head.state_dict())
-        half.head_slope.load_state_dict(self.head_slope.state_dict())
-        return half
 
     def _body(self, x: Tensor) -> Tensor:
         x = skip = self.head_slope(self.head(x)).to(self.merge.weight.dtype)

@@ -132,7 +132,7 @@ class SrResNet(Architecture):
         return self._tail(x)[:, :, top : top + 4 * height, left : left + 4 * width]
 
     def _body(self, x: Tensor) -> Tensor:
-        x = skip = self.head_slope(self.head(x)).to(self.merge.weight.dtype)
+        x = skip = self.head_slope(self.head(x)).to(self.up1.weight.dtype)
         for block in self.blocks:
             x = block(x)
         return cast(Tensor, self.merge(x)).add_(skip)

@@ -251,7 +251,8 @@ class InternalError(AttemptError):
 class DeviceBroken(InternalError):
     """The GPU failed other than by running out of memory, and every later call in this process will fail too.
 
-    The process records the attempt and ends; its successor starts on a clean device.
+    The process records the attempt and ends; its successor starts on a clean device. Of attempts side by side the fact
+    `only_waited` tells those that had given the device nothing to do at that moment.
     """
 
 

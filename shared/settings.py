@@ -122,6 +122,12 @@ class Settings(BaseSettings):
         "auto", description="Device of this image worker; auto is a GPU where there is one."
     )
     worker_concurrency: int = Field(1, gt=0, description="Image worker processes on this host; one job each.")
+    gpu_attempts: int = Field(
+        4,
+        gt=0,
+        description="Jobs that one worker process may have in its GPU's networks at once: their tiles share calls. "
+        "On a CPU it is always one.",
+    )
     bulk_after_interactive_jobs: int = Field(
         4,
         gt=0,

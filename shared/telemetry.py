@@ -76,6 +76,9 @@ COUNTED: dict[str, Counted] = {
     ),
     "enlarger_output_megapixels_total": Counted("counter", "Megapixels of results stored, by model.", ("model",)),
     "enlarger_oom_retries_total": Counted("counter", "Bands cut into smaller tiles because memory ran out."),
+    "enlarger_network_calls_total": Counted("counter", "Calls of networks on a GPU."),
+    "enlarger_network_tiles_total": Counted("counter", "Tiles in calls of networks on a GPU: some to a call."),
+    "enlarger_calls_halved_total": Counted("counter", "Calls of some tiles made in two because memory ran out."),
     "enlarger_band_reruns_total": Counted("counter", "Bands computed again in float32: their result was not sane."),
     "enlarger_webhook_tries_total": Counted(
         "counter", "Tries at webhook deliveries: delivered, pending (will be tried again), abandoned.", ("outcome",)

@@ -27,7 +27,7 @@ from sqlalchemy.orm import Session
 
 from shared.db import Database, UtcDateTime, clock
 from shared.errors import DatabaseUnavailable, NotFound
-from shared.models import Worker
+from shared.models import Job, JobState, Worker
 from shared.telemetry import Samples, log, tallies
 
 KEPT_SECONDS = 7 * 86400
@@ -135,8 +135,10 @@ def working_on(session: Session, worker_id: str, job_id: str, *, now: datetime) 
 
 
 def done_with(session: Session, worker_id: str, job_id: str, *, now: datetime) -> None:
-    """The process has ended this job, and may have taken another one meanwhile. Belongs in the job's transaction."""
-    other = case((Worker.current_job_id != job_id, Worker.current_job_id), else_=None)
+    """The process has ended this job, and may have others. Belongs in the job's transaction,
+    behind what ends it."""
+    running = select(Job.id).where(Job.state == JobState.RUNNING, Job.worker_id == worker_id, Job.id != job_id)
+    other = case((Worker.current_job_id != job_id, Worker.current_job_id), else_=running.limit(1).scalar_subquery())
     _change(session, worker_id, seen_at=now, current_job_id=other)
 
 

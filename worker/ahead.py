@@ -48,21 +48,24 @@ class _Look:
 class Ahead:
     """A Decoder that may know the picture already, and an Onlooker: when a network begins, it looks for the next job.
 
-    Of one executor, whose thread calls everything. What it holds is dropped at the next `take`, whatever that is for.
+    Of one executor, whose attempts call everything. What it holds is dropped at the next `take`, whatever that is for.
     """
 
     def __init__(self, decoder: Sandboxed, storage: Storage, next_job: Callable[[], Job | None]) -> None:
         """`next_job` asks the queue; it may raise an EnlargerError."""
         self._decoder, self._storage, self._next_job = decoder, storage, next_job
+        self._lock = threading.Lock()
         self._look: _Look | None = None
-        self._taken: _Ready | None = None
+        self._taken: list[_Ready] = []
+        """What attempts have taken and not decoded yet."""
 
     def begins(self, input_rgb: Samples, width: int, height: int, rows: range | None = None) -> None:  # noqa: ARG002
         """The network begins: looks for the next job's picture, by a thread of its own."""
-        # A result that is made again finds the look under way.
-        if self._look is None:
-            self._look = _Look()
-            threading.Thread(target=self._run, args=(self._look,), name="ahead", daemon=True).start()
+        with self._lock:
+            # A result that is made again finds the look under way, and so may one that is made beside another.
+            if self._look is None:
+                self._look = _Look()
+                threading.Thread(target=self._run, args=(self._look,), name="ahead", daemon=True).start()
 
     def made(self, rows: Samples) -> None:
         """Nothing to see here."""
@@ -70,7 +73,8 @@ class Ahead:
     def take(self, job_id: str) -> BinaryIO | None:
         """The job's input, fetched, where it is the one that was looked for; else None. The caller's to close; `decode`
         answers for it at once."""
-        look, self._look, self._taken = self._look, None, None
+        with self._lock:
+            look, self._look = self._look, None
         if look is None:
             return None
         if look.job_id in (None, job_id):
@@ -84,20 +88,22 @@ class Ahead:
         if look.job_id != job_id:
             ready.source.close()
             return None
-        self._taken = ready
+        with self._lock:
+            # An attempt that ends before it decodes closes its file.
+            self._taken = [*(each for each in self._taken if not each.source.closed), ready]
         return ready.source
 
     def inspect(self, file: BinaryIO) -> PictureFacts:
         """As `Sandboxed.inspect`."""
-        taken = self._taken
-        return taken.facts if taken is not None and taken.source is file else self._decoder.inspect(file)
+        taken = next((each for each in self._taken if each.source is file), None)
+        return self._decoder.inspect(file) if taken is None else taken.facts
 
     def decode(self, file: BinaryIO, facts: PictureFacts) -> Picture:
         """As `Sandboxed.decode`. What is known is given away once."""
-        taken, self._taken = self._taken, None
-        if taken is not None and taken.source is file:
-            return taken.picture
-        return self._decoder.decode(file, facts)
+        with self._lock:
+            taken = next((each for each in self._taken if each.source is file), None)
+            self._taken = [each for each in self._taken if each is not taken]
+        return self._decoder.decode(file, facts) if taken is None else taken.picture
 
     def _run(self, look: _Look) -> None:
         try:

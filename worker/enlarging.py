@@ -26,6 +26,7 @@ from shared.errors import BadOutput
 from shared.pictures import Format, check_size, format_named
 from shared.settings import Settings
 from worker import codec, routing, upscale
+from worker.batching import Batcher
 from worker.classify import Classifier, Label
 from worker.codec import Encoder, Metadata, Picture, Samples
 from worker.decoding import Decoder, InProcess
@@ -167,9 +168,10 @@ class _Stopwatch:
 
 
 class Engine:
-    """What a process enlarges pictures with: a device and its limits. Not for two threads at once.
+    """What a process enlarges pictures with: a device and its limits.
 
-    `device` is torch's word ("cpu", "cuda:0"). Networks and the classifier are loaded when first asked for.
+    `device` is torch's word ("cpu", "cuda:0"). Networks and the classifier are loaded when first asked for. Several
+    threads may enlarge pictures at once where it is a GPU, or `batched`: their tiles share its calls. Elsewhere one.
     """
 
     def __init__(
@@ -182,8 +184,10 @@ class Engine:
         tile_memory_bytes: int = upscale.TILE_MEMORY_BYTES,
         decoder: Decoder | None = None,
         own: Sequence[ModelCard] = (),
+        batched: bool | None = None,
     ) -> None:
-        """`decoder`: how picture files are read; in this process where none is given."""
+        """`decoder`: how picture files are read; in this process where none is given. `batched`: whether tiles go
+        through a `Batcher`; None is on a GPU."""
         self.device = device
         self._decoder = decoder or InProcess(max_input_px)
         self._own = tuple(own)
@@ -192,6 +196,9 @@ class Engine:
         self._tile_px = tile_px
         self._tile_memory_bytes = tile_memory_bytes
         self._networks: dict[str, Network] = {}
+        self._loading = threading.Lock()
+        self.batcher = Batcher(tile_memory_bytes) if (device != "cpu" if batched is None else batched) else None
+        """Where tiles of several attempts meet; None where there is one attempt at a time."""
 
     @classmethod
     def of(
@@ -209,9 +216,15 @@ class Engine:
 
     def network(self, model: str) -> Network:
         """The loaded network of a card. Raises ModelUnavailable."""
-        if model not in self._networks:
-            self._networks = {**self._networks, model: load(catalog.card(model, self._own), self.device)}
-        return self._networks[model]
+        with self._loading:
+            if model not in self._networks:
+                self._networks = {**self._networks, model: load(catalog.card(model, self._own), self.device)}
+            return self._networks[model]
+
+    def close(self) -> None:
+        """When nothing is enlarged any more."""
+        if self.batcher is not None:
+            self.batcher.close()
 
     @property
     def models_loaded(self) -> tuple[str, ...]:
@@ -313,7 +326,19 @@ class Engine:
             )
         warnings = (*picture.warnings, *warnings)
         return Making(
-            self.device, network, picture, work, wanted, format, width, height, warnings, watch, onlookers, clock
+            self.device,
+            network,
+            self.batcher,
+            picture,
+            work,
+            wanted,
+            format,
+            width,
+            height,
+            warnings,
+            watch,
+            onlookers,
+            clock,
         )
 
 
@@ -327,6 +352,7 @@ class Making:
 
     device: str
     network: Network
+    batcher: Batcher | None
     picture: Picture
     work: Work
     wanted: Wanted
@@ -385,7 +411,7 @@ class Making:
         self, target: Path, bands: tuple[Band, ...], *, in_strips: bool, rows_in_strip: int, precise: bool
     ) -> MadePart:
         """Some neighbouring bands of the result, as in the whole that they were planned for: the same to the last bit,
-        or in strips to one level of 255.
+        or to one level of 255 in strips and where tiles are batched.
 
         `in_strips`: as that plan says. Raises as `enlarge`.
         """
@@ -608,7 +634,7 @@ class _Enlarging:
     def __init__(self, making: Making, precise: bool, repairs: Repairs) -> None:
         picture, work, network = making.picture, making.work, making.network
         self._network, self._picture, self._work = network, picture, work
-        self._descents = making.descents
+        self._batcher, self._descents = making.batcher, making.descents
         self._scale, self._format = making.wanted.scale, making.format
         self._watch, self._clock = making.watch, making.clock
         self._precise, self._repairs = precise, repairs
@@ -663,6 +689,7 @@ class _Enlarging:
             precise=self._precise,
             repairs=self._repairs,
             descent=self._descents[number],
+            batcher=self._batcher,
         )
 
     def _alpha_rows(self) -> Callable[[EnlargedRows], Samples] | None:

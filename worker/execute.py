@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -179,6 +179,10 @@ def decide(error: BaseException, *, on_gpu: bool, priority: str) -> Outcome:
         case Unavailable() if error.retryable:
             # Not the job's fault, and perhaps every job's lot for hours: they wait, and none uses up its attempts.
             return Released(error)
+        case DeviceBroken() if error.facts.get("only_waited"):
+            # Whatever broke it, this job had no part in it: of jobs side by side a bad one must not use up the others'
+            # attempts.
+            return Released()
         case EnlargerError():
             return Retryable(error) if error.retryable else Fatal(error)
         case _:
@@ -186,18 +190,19 @@ def decide(error: BaseException, *, on_gpu: bool, priority: str) -> Outcome:
 
 
 class Turn:
-    """An attempt's turn at the process's network: two are under way, and one of them is past it.
+    """An attempt's turn at its device's networks, for which there are slots: one, or some on a GPU.
 
     A context manager: at its end the turn is over in any case.
     """
 
-    def __init__(self, network: threading.Lock) -> None:
-        self.is_over = threading.Event()
+    def __init__(self, network: threading.Semaphore) -> None:
+        self.over: Future[None] = Future()
+        """Has a result when the attempt needs its slot no more."""
         self._network = network
         self._has_it = False
 
     def begins(self, phase: str) -> None:
-        """Takes the network, or lets go of it, as the phase of the attempt says."""
+        """Takes a slot, or lets go of it, as the phase of the attempt says."""
         if phase == "upscale" and not self._has_it:
             # Taken once more by a result that has to be made again.
             self._has_it = self._network.acquire()
@@ -208,7 +213,8 @@ class Turn:
         if self._has_it:
             self._has_it = False
             self._network.release()
-        self.is_over.set()
+        if not self.over.done():
+            self.over.set_result(None)
 
     def __enter__(self) -> Self:
         return self
@@ -450,8 +456,18 @@ def _renew(session: Session, shard: ShardClaim, progress: Progress, lease_second
 LifelineT = TypeVar("LifelineT", bound=Lifeline)
 
 
+@dataclass(frozen=True)
+class _UnderWay:
+    """An attempt that a thread of the pool makes."""
+
+    device: str
+    turn: Turn
+    outcome: Future[Outcome]
+
+
 class Executor:
-    """Makes attempts in one image process: one at a time has the network, and one may be finished beside it."""
+    """Makes attempts in one image process: on a CPU one at a time has the network, on a GPU some, and one may be
+    finished beside them."""
 
     def __init__(
         self,
@@ -464,10 +480,12 @@ class Executor:
         traces: Traces | None = None,
         own_cards: Sequence[ModelCard] = (),
         ahead: Ahead | None = None,
+        slots: Mapping[str, int] | None = None,
     ) -> None:
         """`engines` by the contract's word for their device: `cpu`, and `gpu` where there is one. `decoder`: theirs,
         closed with this. `own_cards`: models of its own that it offers to everybody. `ahead`: the engines' decoder too,
-        where pictures are to be decoded ahead."""
+        where pictures are to be decoded ahead. `slots`: how many attempts may have a network at once, by the same
+        words; more than one only where that engine is batched. As the settings say where it is not given."""
         self.must_end = False
         """No further attempt may be made in this process: its device is broken, or it has been told to exit."""
         self.set_limit: Callable[[float], object] = lambda _seconds: None
@@ -478,11 +496,15 @@ class Executor:
         self._ahead = ahead
         self._traces = traces or Traces("", "images")
         self._stopping = threading.Event()
-        # Of the attempt that has the network last, and before it of one that is being finished.
-        self._lifelines: list[Lifeline] = []
-        self._network = threading.Lock()
-        self._attempts = ThreadPoolExecutor(2, "attempt")
-        self._finishing: list[Future[Outcome]] = []
+        # Of each attempt under way, with the moment when the process is to be killed for its sake.
+        self._lifelines: dict[Lifeline, float] = {}
+        self._limiting = threading.Lock()
+        self._slots = {"cpu": 1, "gpu": settings.gpu_attempts, **(slots or {})}
+        self._networks = {device: threading.Semaphore(self._slots[device]) for device in engines}
+        # One beside those that have a network.
+        self._most_under_way = 1 + max(self._slots[device] for device in engines)
+        self._attempts = ThreadPoolExecutor(self._most_under_way, "attempt")
+        self._under_way: list[_UnderWay] = []
         self._is_drained = False
         self._lacks = False
         """Jobs waited at the last look, and this process can run none of them."""
@@ -568,8 +590,12 @@ class Executor:
         self._stopping.set()
 
     def stop(self) -> None:
-        """The process ends: finishes what is to be finished, says so, and lets go of its connections."""
+        """The process ends: finishes what is to be finished, gives back what still has a network, says so, and lets go
+        of its connections."""
+        self.ask_to_stop()
         self._attempts.shutdown()
+        for engine in self._engines.values():
+            engine.close()
         self.presence.stop()
         if self._decoder is not None:
             self._decoder.close()
@@ -588,29 +614,60 @@ class Executor:
         and the relay sends a message again.
         """
         claimed = self._claimed(job_id, queue)
-        return None if claimed is None else self._attempted(*claimed, Turn(self._network))
+        return None if claimed is None else self._attempted(*claimed, self._turn(claimed[3]))
 
     def run_network(self, job_id: str, queue: str | None = None) -> None:
-        """As `run`, and returns as soon as the network is free for the next job: a thread encodes, stores and records.
+        """As `run`, and returns as soon as the network has a slot for the next job: a thread does the rest.
 
-        One attempt at most is finished so while another one has the network. Where the caller is interrupted, the
-        attempt is asked to stop, and what interrupts it is raised when that has happened.
+        One attempt more than there are slots is under way at most: one then encodes, stores and records. Where the
+        caller is interrupted, all attempts are asked to stop, and what interrupts it is raised when that has happened.
         """
+        if self.must_end:
+            # Of attempts side by side one has broken the device since the last message came.
+            self._pass_on(job_id, queue)
+            return
         claimed = self._claimed(job_id, queue)
         if claimed is None:
             return
-        turn = Turn(self._network)
+        device = claimed[3]
+        turn = self._turn(device)
         context = contextvars.copy_context()
         attempt = self._attempts.submit(context.run, lambda: self._attempted(*claimed, turn))
         attempt.add_done_callback(_log_unforeseen)
+        self._under_way.append(_UnderWay(device, turn, attempt))
         try:
-            turn.is_over.wait()
-            wait(self._finishing)
+            self._wait_for_room(device)
         except BaseException:
             self.ask_to_stop()
-            wait([attempt])
+            wait([each.outcome for each in self._under_way])
             raise
-        self._finishing = [attempt]
+
+    def _turn(self, device: str) -> Turn:
+        return Turn(self._networks[device])
+
+    def _wait_for_room(self, device: str) -> None:
+        """Returns when the device has a slot, and the pool a thread, for the next attempt.
+
+        Nor do attempts at another device's jobs begin meanwhile: while the CPU works, in a process that has a GPU too,
+        nobody else takes a job.
+        """
+        while True:
+            self._under_way = [each for each in self._under_way if not each.outcome.done()]
+            turns = [each.turn.over for each in self._under_way if not each.turn.over.done() and each.device == device]
+            if len(turns) >= self._slots[device]:
+                wait(turns, return_when=FIRST_COMPLETED)
+            elif len(self._under_way) >= self._most_under_way:
+                # The oldest, or storage that hangs would pile up results in memory.
+                wait([next(each.outcome for each in self._under_way if each.turn.over.done())])
+            else:
+                return
+
+    def _pass_on(self, job_id: str, queue: str | None) -> None:
+        """The message is another process's: it is given back without a look at what it leads to."""
+        with contextlib.suppress(DatabaseUnavailable), self._database.transaction() as session:
+            served = self._served(queue or session.scalar(select(Job.queue).where(Job.id == job_id)) or "")
+            if served:
+                self._give_back(session, served, clock(session))
 
     def _claimed(self, job_id: str, queue: str | None) -> tuple[Claim, Job, datetime, str] | None:
         with structlog.contextvars.bound_contextvars(job_id=job_id):
@@ -650,7 +707,7 @@ class Executor:
             # Where that fails, the relay sends another when this one has not come to anything for long.
             with contextlib.suppress(DatabaseUnavailable), self._database.transaction() as session:
                 shards.give_message_back(session, job_id)
-            return self._attempted(*waiting, Turn(self._network))
+            return self._attempted(*waiting, self._turn(waiting[3]))
         with structlog.contextvars.bound_contextvars(job_id=job_id):
             try:
                 claimed = self._claim_to_help(job_id)
@@ -660,12 +717,12 @@ class Executor:
             if claimed is None:
                 log.info("shard.nothing_to_claim", drained=self._is_drained, lacks=self._lacks)
                 waiting = self._claimed_while_held()
-                return None if waiting is None else self._attempted(*waiting, Turn(self._network))
+                return None if waiting is None else self._attempted(*waiting, self._turn(waiting[3]))
             claim, job, now, device = claimed
             span = self._traces.begin("job.shard", job.traceparent, job_id=job_id, shard=claim.position)
             with (
                 structlog.contextvars.bound_contextvars(traceparent=span.traceparent),
-                Turn(self._network) as turn,
+                self._turn(device) as turn,
             ):
                 outcome = self._help(claim, job, now, device, Phases(self._traces, span.traceparent), turn)
             span.end(outcome=type(outcome).__name__.lower(), device=device)
@@ -825,16 +882,24 @@ class Executor:
     @contextmanager
     def _watched(self, lifeline: Lifeline, limit_seconds: float, phases: Phases) -> Iterator[None]:
         """While the block runs, the process counts as alive as long as the lease lasts, and is killed at its limit."""
-        self._lifelines.append(lifeline)
-        # Also of one that is still being finished: it has no more to do than the network has done for it.
-        self.set_limit(limit_seconds)
+        self._limit(lifeline, time.monotonic() + limit_seconds)
         try:
             yield
         finally:
-            self._lifelines.remove(lifeline)
-            if not self._lifelines:
-                self.set_limit(0)
+            self._limit(lifeline, None)
             phases.end()
+
+    def _limit(self, lifeline: Lifeline, ends_at: float | None) -> None:
+        """Of attempts side by side the last limit counts: to kill the process for one would take the others with it,
+        and the lease of one that hangs passes long before."""
+        with self._limiting:
+            if ends_at is None:
+                del self._lifelines[lifeline]
+            else:
+                self._lifelines[lifeline] = ends_at
+            left = max(self._lifelines.values()) - time.monotonic() if self._lifelines else 0
+            # 0 would be none; a limit that has passed behind another's is one of now.
+            self.set_limit(max(0.001, round(left, 3)) if self._lifelines else 0)
 
     def _help(
         self, claim: ShardClaim, job: Job, claimed_at: datetime, device: str, phases: Phases, turn: Turn

@@ -161,6 +161,19 @@ def smaller(whole: Plan, band: Band, tile_px: int) -> Band:
     return Band(band.index, band.region, tuple(tiles))
 
 
+def evened(whole: Plan, tiles: Sequence[Tile], width: int, height: int) -> Iterator[Tile]:
+    """The same tiles, each keeping `width` x `height` px, what it kept among them: what goes together in one call of a
+    network has one size, and those of a balanced cut differ by a px.
+
+    No tile may keep more than that now, and the picture must be as large.
+    """
+    for tile in tiles:
+        x, y = min(tile.keep.x, whole.width - width), min(tile.keep.y, whole.height - height)
+        keep = Region(x, y, width, height)
+        assert keep.contains(tile.keep)
+        yield Tile(keep, keep.grown(whole.halo_px, whole.width, whole.height))
+
+
 def choose_plan(width: int, height: int, *, halo_px: int, most_read_px: int, most_band_px: int | None = None) -> Plan:
     """The plan with the least waste of all whose tiles read at most `most_read_px` each.
 

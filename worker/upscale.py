@@ -6,13 +6,14 @@ float32 when half precision overflowed. What cannot be mended that way is raised
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-import re
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,8 +22,20 @@ from PIL import Image
 
 from shared.errors import BadOutput, DeviceBroken, ModelUnavailable, OutOfMemory
 from shared.telemetry import tallies
+from worker.batching import (
+    Asked,
+    Batcher,
+    DoesNotFit,
+    Lane,
+    Piece,
+    host_array,
+    is_of_the_device,
+    is_out_of_memory,
+    rounded,
+)
 from worker.networks import Network
-from worker.tiling import SMALLEST_TILE_PX, Band, Plan, Region, Tile, choose_plan, plan, plan_strips, smaller
+from worker.networks.architecture import Keep
+from worker.tiling import SMALLEST_TILE_PX, Band, Plan, Region, Tile, choose_plan, evened, plan, plan_strips, smaller
 
 OnTile = Callable[[int, int], None]
 """Called after every tile with (tiles done, tiles in all), and again within a tile that takes long; a band done again
@@ -154,7 +167,7 @@ class Descent:
             low, high = (float(value) for value in made.aminmax())
             if not (math.isfinite(low) and math.isfinite(high)):
                 raise _NotFinite(f"The network answered NaN or infinity below row {first}.")
-            return _rounded(made, dtype)
+            return rounded(made, dtype)
 
         self._finished = network.rows(pieces, convert)
         self._rest = self._rest[:, :0]
@@ -163,7 +176,7 @@ class Descent:
             self.take(row - first, network.scale)
 
     def take(self, rows: int, scale: int) -> torch.Tensor:
-        """The next rows of the picture, (3, rows * scale, W * scale) as `_rounded` has them. What it raises ends the
+        """The next rows of the picture, (3, rows * scale, W * scale) as `rounded` has them. What it raises ends the
         way down: it then stands nowhere."""
         assert self._next_row is not None
         after, self._next_row = self._next_row + rows, None
@@ -283,6 +296,7 @@ def enlarge(
     precise: bool = False,
     repairs: Repairs | None = None,
     descent: Descent | None = None,
+    batcher: Batcher | None = None,
 ) -> Iterator[EnlargedRows]:
     """The picture at exactly `scale` times its size, rows from the top down, as they are finished.
 
@@ -292,6 +306,7 @@ def enlarge(
     `plan_work` gave for this picture, and is made here if left out. `on_tile` is called after every tile; what it
     raises passes through. `precise` computes in float32 also where half precision would do; `repairs` counts what had
     to be mended. `descent` is of an earlier call for the same picture and network, whose work ended where this begins.
+    Through `batcher` tiles go together with those of others, and those of the next bands before their turn.
 
     Only some bands are held, never the whole result; where the network runs twice, the result of the first pass is held
     once, in uint16: half of float32, and 256 times finer than the 8-bit levels the network was trained on.
@@ -311,7 +326,7 @@ def enlarge(
     *first, last = zip(network.passes(scale), work.plans, strict=True)
     for each, whole in first:
         held = np.empty((whole.height * each.scale, whole.width * each.scale, 3), np.uint16)
-        for finished in _bands(each, image, whole, count, np.dtype(np.uint16)):
+        for finished in _bands(each, image, whole, count, np.dtype(np.uint16), batcher=batcher):
             held[finished.y_px : finished.y_px + len(finished.pixels)] = finished.pixels
             bands_done += 1
         image = held
@@ -319,14 +334,14 @@ def enlarge(
     each, whole = last
     reached_width, reached_height = whole.width * each.scale, whole.height * each.scale
     if (reached_width, reached_height) == (width * scale, height * scale):
-        for finished in _bands(each, image, whole, count, np.dtype(dtype), descent):
+        for finished in _bands(each, image, whole, count, np.dtype(dtype), descent, batcher):
             bands_done += 1
             yield EnlargedRows(finished.y_px, finished.pixels, bands_done, work.band_count)
             # Who was given it may be done with it before the next is made.
             del finished
         return
     reduction = _Reduction(reached_width, reached_height, width * scale, height * scale)
-    for finished in _bands(each, image, whole, count, np.dtype(np.float32)):
+    for finished in _bands(each, image, whole, count, np.dtype(np.float32), batcher=batcher):
         bands_done += 1
         y_px, rows = reduction.add(finished.pixels)
         if len(rows):
@@ -340,6 +355,7 @@ def upscale(
     plan: Plan,
     on_tile: OnTile | None = None,
     dtype: DTypeLike = np.float32,
+    batcher: Batcher | None = None,
 ) -> Iterator[UpscaledBand]:
     """One pass of the network over a picture: its bands at `network.scale` times their size, in order.
 
@@ -350,7 +366,7 @@ def upscale(
     not fit; BadOutput if the result, also in float32, is not finite or is flat where the input is not; DeviceBroken if
     the GPU failed in any other way, after which the process must end; and whatever `on_tile` raises.
     """
-    yield from _bands(network, image, plan, _Count(plan.tile_count, on_tile), np.dtype(dtype))
+    yield from _bands(network, image, plan, _Count(plan.tile_count, on_tile), np.dtype(dtype), batcher=batcher)
 
 
 class _Count:
@@ -375,10 +391,6 @@ class _Count:
             self._on_tile(self.done, self.total)
 
 
-class _DoesNotFit(Exception):
-    """The device has no memory for this tile."""
-
-
 class _NotPlausible(Exception):
     """The result is not right. Carries the sentence for BadOutput."""
 
@@ -398,6 +410,7 @@ def _bands(
     count: _Count,
     dtype: np.dtype[Any],
     descent: Descent | None = None,
+    batcher: Batcher | None = None,
 ) -> Iterator[UpscaledBand]:
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype not in (np.uint8, np.uint16, np.float32):
         raise ValueError(f"A picture is (H, W, 3) uint8, uint16 or float32; this is {image.shape} {image.dtype}.")
@@ -408,8 +421,120 @@ def _bands(
     if whole.in_strips:
         yield from _in_strips(network, image, whole, count, dtype, descent or Descent())
         return
+    if batcher is None:
+        yield from _mended_bands(_Single(network, image, count, dtype), network, image, whole, count, dtype)
+        return
+    with batcher.lane() as lane:
+        calls = _Batched(lane, network, image, whole, count, dtype)
+        yield from _mended_bands(calls, network, image, whole, count, dtype)
+
+
+def _mended_bands(
+    calls: _Calls, network: Network, image: NDArray[Any], whole: Plan, count: _Count, dtype: np.dtype[Any]
+) -> Iterator[UpscaledBand]:
     for band in whole.bands:
-        yield UpscaledBand(band, band.region.y * network.scale, _mended(network, image, whole, band, count, dtype))
+        pixels = _mended(calls, network, image, whole, band, count, dtype)
+        yield UpscaledBand(band, band.region.y * network.scale, pixels)
+
+
+class _Calls(Protocol):
+    """How the tiles of a band get through the network."""
+
+    def pieces(self, band: Band, half: bool) -> Generator[Piece, None, None]:
+        """What came of each tile's `keep`, in the order of the tiles. Raises DoesNotFit, _NotFinite, DeviceBroken, and
+        what `on_tile` raises."""
+
+
+class _Single:
+    """One tile after another, in the thread that asks: as a CPU does it."""
+
+    def __init__(self, network: Network, image: NDArray[Any], count: _Count, dtype: np.dtype[Any]) -> None:
+        self._network, self._image, self._count, self._dtype = network, image, count, dtype
+
+    def pieces(self, band: Band, half: bool) -> Generator[Piece, None, None]:
+        for tile in band.tiles:
+            self._network.on_step = self._count.tell
+            yield _one_tile(self._network, self._image, tile, half, self._dtype)
+
+
+class _Batched:
+    """All tiles of a band at once through the door they share with others', and those of some bands ahead: what is
+    ahead takes BAND_RESULT_BYTES of memory, or is one band."""
+
+    def __init__(
+        self, lane: Lane, network: Network, image: NDArray[Any], whole: Plan, count: _Count, dtype: np.dtype[Any]
+    ) -> None:
+        self._lane, self._network, self._image, self._count, self._dtype = lane, network, image, count, dtype
+        self._whole = whole
+        # As every band begins.
+        self._half = network.prefers_half and not count.precise
+        self._not_begun = deque(whole.bands)
+        self._ahead: deque[tuple[Band, list[tuple[Tile, Asked]]]] = deque()
+        self._side = _largest_keep([tile for band in whole.bands for tile in band.tiles])
+
+    def pieces(self, band: Band, half: bool) -> Generator[Piece, None, None]:
+        asked = self._taken(band, half)
+        try:
+            self._look_ahead()
+            for tile, (window, each) in zip(band.tiles, asked, strict=True):
+                piece = each.result(self._count.tell)
+                _check_finite(piece.low, piece.high, tile.keep)
+                yield Piece(_part(piece.pixels, window, tile, self._network.scale), piece.low, piece.high)
+        finally:
+            # Where one of them has failed, or nobody wants them any more.
+            self._lane.withdraw([each for _, each in asked])
+
+    def _taken(self, band: Band, half: bool) -> list[tuple[Tile, Asked]]:
+        """The band's tiles, where they are under way; else they are begun now."""
+        if self._ahead and self._ahead[0][0] is band:
+            return self._ahead.popleft()[1]
+        if self._not_begun and self._not_begun[0] is band:
+            self._not_begun.popleft()
+        return self._begun(band, half)
+
+    def _look_ahead(self) -> None:
+        while self._not_begun:
+            band = self._not_begun[0]
+            if (
+                self._ahead
+                and sum(map(self._result_bytes, (*(each for each, _ in self._ahead), band))) > BAND_RESULT_BYTES
+            ):
+                return
+            try:
+                asked = self._begun(band, self._half)
+            except DoesNotFit:
+                # No memory on the host: when that band's turn comes, this one is out of the way.
+                return
+            self._ahead.append((self._not_begun.popleft(), asked))
+
+    def _result_bytes(self, band: Band) -> int:
+        return 3 * band.region.area_px * self._network.scale**2 * self._dtype.itemsize
+
+    def _begun(self, band: Band, half: bool) -> list[tuple[Tile, Asked]]:
+        bands = self._whole.bands
+        is_planned = bands[band.index - bands[0].index] is band
+        side = self._side if is_planned else _largest_keep(band.tiles)
+        asked: list[tuple[Tile, Asked]] = []
+        try:
+            for window in evened(self._whole, band.tiles, *side):
+                given, keep = _staged(self._network, self._image, window)
+                asked.append((window, self._lane.ask(self._network, given, keep, half=half, dtype=self._dtype)))
+        except (RuntimeError, MemoryError) as error:
+            self._lane.withdraw([each for _, each in asked])
+            if (translated := _translated(error, self._network)) is error:
+                raise
+            raise translated from error
+        return asked
+
+
+def _largest_keep(tiles: Sequence[Tile]) -> tuple[int, int]:
+    return max(tile.keep.width for tile in tiles), max(tile.keep.height for tile in tiles)
+
+
+def _part(pixels: NDArray[Any], window: Tile, tile: Tile, scale: int) -> NDArray[Any]:
+    """Of what came of `window.keep` what belongs to `tile.keep`."""
+    left, top = (tile.keep.x - window.keep.x) * scale, (tile.keep.y - window.keep.y) * scale
+    return pixels[top : top + tile.keep.height * scale, left : left + tile.keep.width * scale]
 
 
 def _in_strips(
@@ -444,15 +569,15 @@ def _in_strips(
 
 
 def _mended(
-    network: Network, image: NDArray[Any], whole: Plan, band: Band, count: _Count, dtype: np.dtype[Any]
+    calls: _Calls, network: Network, image: NDArray[Any], whole: Plan, band: Band, count: _Count, dtype: np.dtype[Any]
 ) -> NDArray[Any]:
     """The band's pixels, by whatever cut and precision the device can do."""
     half = network.prefers_half and not count.precise
     while True:
         done_before = count.done
         try:
-            return _tried(network, image, band, half, count, dtype)
-        except _DoesNotFit as error:
+            return _tried(calls, network, image, band, half, count, dtype)
+        except DoesNotFit as error:
             band_before = band
             longest_px = max(max(tile.keep.width, tile.keep.height) for tile in band.tiles)
             if longest_px <= SMALLEST_TILE_PX:
@@ -479,9 +604,9 @@ def _mended(
 
 
 def _tried(
-    network: Network, image: NDArray[Any], band: Band, half: bool, count: _Count, dtype: np.dtype[Any]
+    calls: _Calls, network: Network, image: NDArray[Any], band: Band, half: bool, count: _Count, dtype: np.dtype[Any]
 ) -> NDArray[Any]:
-    """The band's pixels, cut and computed as told. Raises _DoesNotFit or _NotPlausible, which `_mended` answers."""
+    """The band's pixels, cut and computed as told. Raises DoesNotFit or _NotPlausible, which `_mended` answers."""
     scale, region = network.scale, band.region
     shape = (region.height * scale, region.width * scale, 3)
     try:
@@ -492,13 +617,13 @@ def _tried(
             f"There is no memory for {shape[1]} x {shape[0]} px of the result.", width_px=shape[1], height_px=shape[0]
         ) from error
     darkest, brightest = math.inf, -math.inf
-    for tile in band.tiles:
-        network.on_step = count.tell
-        piece, low, high = _one_tile(network, image, tile, half, dtype)
-        darkest, brightest = min(darkest, low), max(brightest, high)
-        top, left = (tile.keep.y - region.y) * scale, (tile.keep.x - region.x) * scale
-        pixels[top : top + piece.shape[0], left : left + piece.shape[1]] = piece
-        count.tile_done()
+    with contextlib.closing(calls.pieces(band, half)) as pieces:
+        for tile, piece in zip(band.tiles, pieces, strict=True):
+            darkest, brightest = min(darkest, piece.low), max(brightest, piece.high)
+            top, left = (tile.keep.y - region.y) * scale, (tile.keep.x - region.x) * scale
+            rows, columns = piece.pixels.shape[:2]
+            pixels[top : top + rows, left : left + columns] = piece.pixels
+            count.tile_done()
     _check_not_flat(darkest, brightest, image, region)
     return pixels
 
@@ -521,34 +646,45 @@ def _check_finite(low: float, high: float, keep: Region) -> None:
         )
 
 
-def _one_tile(
-    network: Network, image: NDArray[Any], tile: Tile, half: bool, dtype: np.dtype[Any]
-) -> tuple[NDArray[Any], float, float]:
-    """One call of the network: what the tile keeps, as (rows, columns, 3) of `dtype`, and its least and greatest value.
+def _one_tile(network: Network, image: NDArray[Any], tile: Tile, half: bool, dtype: np.dtype[Any]) -> Piece:
+    """One call of the network, for what the tile keeps.
 
-    The least and greatest are those before quantization. Raises _DoesNotFit, _NotPlausible or DeviceBroken; an error of
-    torch that is none of the device's is a fault of ours and passes as it is.
+    Raises DoesNotFit, _NotPlausible or DeviceBroken; an error of torch that is none of the device's is a fault of ours
+    and passes as it is.
     """
     read, keep = tile.read, tile.keep
     started = time.perf_counter()
     try:
-        # (1, 3, H, W) over memory in the order of rows, columns, channels: what torch calls channels_last.
-        given = torch.from_numpy(_unit_floats(image[read.y : read.bottom, read.x : read.right])).permute(2, 0, 1)[None]
-        if network.device.type == "cuda":
-            given = given.pin_memory()
-        wanted = (keep.x - read.x, keep.y - read.y, keep.width, keep.height)
-        kept = network(given, keep=wanted, half=half)[0].permute(1, 2, 0)
+        given, wanted = _staged(network, image, tile)
+        kept = network(given[None], keep=wanted, half=half)[0].permute(1, 2, 0)
         low, high = (float(value) for value in kept.aminmax())
         _check_finite(low, high, keep)
         piece = _quantized(kept, dtype)
     except (RuntimeError, MemoryError) as error:
-        if _is_out_of_memory(error):
-            raise _DoesNotFit(str(error)) from error
-        if _is_of_the_device(error):
-            raise DeviceBroken(f"{network.device} failed: {error}", device=str(network.device)) from error
-        raise
+        if (translated := _translated(error, network)) is error:
+            raise
+        raise translated from error
     network.observe(network.multiply_adds(read.area_px, keep.area_px), time.perf_counter() - started)
-    return piece, low, high
+    return Piece(piece, low, high)
+
+
+def _staged(network: Network, image: NDArray[Any], tile: Tile) -> tuple[torch.Tensor, Keep]:
+    """What the tile reads, (3, H, W) float32 in [0, 1] on the host, and the part of it that it keeps."""
+    read, keep = tile.read, tile.keep
+    # Over memory in the order of rows, columns, channels: what torch calls channels_last.
+    given = torch.from_numpy(_unit_floats(image[read.y : read.bottom, read.x : read.right])).permute(2, 0, 1)
+    if network.device.type == "cuda":
+        given = given.pin_memory()
+    return given, (keep.x - read.x, keep.y - read.y, keep.width, keep.height)
+
+
+def _translated(error: Exception, network: Network) -> Exception:
+    """DoesNotFit or DeviceBroken, where the error says that; else the error itself."""
+    if is_out_of_memory(error):
+        return DoesNotFit(str(error))
+    if is_of_the_device(error):
+        return DeviceBroken(f"{network.device} failed: {error}", device=str(network.device))
+    return error
 
 
 def _unit_floats(values: NDArray[Any]) -> NDArray[np.float32]:
@@ -562,16 +698,7 @@ def _unit_floats(values: NDArray[Any]) -> NDArray[np.float32]:
 
 def _quantized(values: torch.Tensor, dtype: np.dtype[Any]) -> NDArray[Any]:
     """float32 in [0, 1] on any device -> `dtype` on the host: itself, or rounded to uint8 or uint16."""
-    return _rounded(values, dtype).cpu().numpy().astype(dtype, copy=False)
-
-
-def _rounded(values: torch.Tensor, dtype: np.dtype[Any]) -> torch.Tensor:
-    """The same where they are; what is to be uint16 is int32, for which torch has all operations."""
-    if dtype == np.float32:
-        return values
-    if dtype == np.uint8:
-        return values.mul(255).round_().to(torch.uint8)
-    return values.mul(65535).round_().to(torch.int32)
+    return host_array(rounded(values, dtype), dtype)
 
 
 def _top_of(dtype: np.dtype[Any]) -> int:
@@ -581,18 +708,6 @@ def _top_of(dtype: np.dtype[Any]) -> int:
 
 def _quantize(rows: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:
     return _quantized(torch.from_numpy(rows), dtype)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether it says that memory ran out: of a GPU, of its libraries, or of the host."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    # The host's allocator, and CUDA outside torch's allocator, raise plain RuntimeErrors.
-    return bool(re.search("out of memory|not enough memory|can't allocate memory|ALLOC_FAILED", str(error)))
-
-
-def _is_of_the_device(error: BaseException) -> bool:
-    return isinstance(error, torch.AcceleratorError) or bool(re.search("CUDA|CUDNN|cuDNN|CUBLAS|cuBLAS", str(error)))
 
 
 class _Reduction:

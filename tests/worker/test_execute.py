@@ -539,16 +539,13 @@ def test_the_next_job_has_the_network_while_a_result_is_stored(bench: Bench, mon
 def test_who_is_interrupted_while_the_network_runs_gives_the_job_back_first(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job_id, begun = bench.submit(), threading.Event()
+    job_id, begun, wait_for_all = bench.submit(), threading.Event(), execute.wait
 
-    class Interrupted(execute.Turn):
-        def __init__(self, network: threading.Lock) -> None:
-            super().__init__(network)
-            self.is_over.wait = self._wait  # type: ignore[method-assign]
-
-        def _wait(self, timeout: float | None = None) -> bool:
-            assert begun.wait(30)
-            raise SystemExit(1)
+    def interrupted(*_: object, **__: object) -> None:
+        # Once: what follows waits for the attempt to end.
+        monkeypatch.setattr(execute, "wait", wait_for_all)
+        assert begun.wait(30)
+        raise SystemExit(1)
 
     def wait_for_notice(_: int) -> None:
         (lifeline,) = bench.executor._lifelines
@@ -556,9 +553,9 @@ def test_who_is_interrupted_while_the_network_runs_gives_the_job_back_first(
         begun.set()
         wait_until(bench.executor._stopping.is_set, seconds=30, what="the notice")
 
-    monkeypatch.setattr(execute, "Turn", Interrupted)
     monkeypatch.setattr(execute, "FINISH_RATHER_THAN_RELEASE_SECONDS", -1.0)
     bench.before_call = wait_for_notice
+    monkeypatch.setattr(execute, "wait", interrupted)
     with pytest.raises(SystemExit):
         bench.executor.run_network(job_id)
     assert (bench.job(job_id).state, bench.job(job_id).tries_used) == (JobState.QUEUED, 0)
@@ -584,13 +581,13 @@ def test_an_attempt_that_ends_as_nobody_foresaw_is_logged_and_the_next_one_begin
 
 
 def test_a_result_that_is_made_again_waits_for_the_network_that_another_attempt_has() -> None:
-    network = threading.Lock()
+    network = threading.Semaphore(1)
     first, second = execute.Turn(network), execute.Turn(network)
     first.begins("decode")
     first.begins("upscale")
-    assert not first.is_over.is_set()
+    assert not first.over.done()
     first.begins("encode")
-    assert first.is_over.is_set()
+    assert first.over.done()
     second.begins("upscale")
     again = threading.Thread(target=first.begins, args=("upscale",))
     again.start()
@@ -599,10 +596,10 @@ def test_a_result_that_is_made_again_waits_for_the_network_that_another_attempt_
     with second:
         pass
     again.join(30)
-    assert network.locked()
+    assert not network.acquire(blocking=False)
     with first:
         pass
-    assert not network.locked()
+    assert network.acquire(blocking=False)
 
 
 # --- nothing to claim -----------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import io
 from dataclasses import replace
 from pathlib import Path
@@ -104,6 +105,23 @@ def test_half_precision_differs_by_fractions_of_a_level() -> None:
     assert levels.max() < 2
 
 
+@pytest.mark.parametrize(("name", "layer"), [("srgan", "head"), ("real-esrgan-anime", "first")])
+def test_the_first_layer_of_a_generator_stays_in_float32(name: str, layer: str) -> None:
+    module = load(card(name), "cpu").module
+    half = module.halved()
+    first, merge = half.get_submodule(layer), half.get_submodule("merge")
+    assert (first.weight.dtype, merge.weight.dtype) == (torch.float32, torch.float16)
+    assert torch.equal(first.weight, module.get_submodule(layer).weight)
+    y, x = torch.meshgrid(torch.linspace(0, 3, 20), torch.linspace(0, 4, 24), indexing="ij")
+    tile = torch.stack([torch.sin(x + y), torch.cos(x * y), torch.sin(3 * x)])[None] / 2 + 0.5
+    with torch.inference_mode():
+        exact = module.enlarge(tile)
+        apart = (half.enlarge(tile) - exact).abs()
+        all_of_it = (copy.deepcopy(module).half().enlarge(tile.half()) - exact).abs()
+    # On photographs the greatest differences become a quarter to a half of what they were; noise is not like that.
+    assert apart.mean() < all_of_it.mean()
+
+
 def test_every_card_has_an_architecture_whose_reach_its_halo_covers() -> None:
     for each in (at for model in CARDS for at in model.at_each_scale):
         network = load(each, "cpu")
@@ -118,7 +136,7 @@ def test_a_card_is_loaded_once_in_a_process() -> None:
     assert load(card("srgan"), "cpu") is not load(card("srresnet"), "cpu")
 
 
-@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 1, 8, 8), (2, 3, 8, 8), (1, 3, 0, 8)])
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 1, 8, 8), (0, 3, 8, 8), (1, 3, 0, 8)])
 def test_a_tile_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="A tile is"):
         load(card("srgan"), "cpu")(torch.zeros(shape))

@@ -5,10 +5,10 @@ This room knows tensors and cards, and nothing of jobs, SQL, storage or Celery.
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 import math
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -60,7 +60,8 @@ WINOGRAD_ROWS = 6
 class Network:
     """A loaded torch module on a device.
 
-    Calls are stateless, so the tiles of a picture may come in any order. Not for use by two threads at once.
+    Calls are stateless, so the tiles of a picture may come in any order. Any thread may make one: there is one at a
+    time. `on_step` is of the thread that makes the calls, and `rows` of one thread.
     """
 
     def __init__(self, card: ModelCard, device: str, module: Architecture) -> None:
@@ -70,6 +71,7 @@ class Network:
         """The frozen module. To enlarge, call the Network: it sees to device, precision and layout."""
         self.on_step: Callable[[], None] = nothing
         """Called now and then within a call that takes long, between two layers; may raise to break it off."""
+        self._calling, self._calibrating = threading.Lock(), threading.Lock()
         self._half_module: Architecture | None = None
         self._pixels_per_second = 0.0
         self._runtime: calibration.Runtime | None = None
@@ -91,12 +93,12 @@ class Network:
 
     @property
     def bytes_per_px(self) -> int:
-        """Memory one call takes for each input pixel it reads, in float32; the result is counted in."""
+        """Memory one call takes for each input pixel that its tiles read, in float32; the result is counted in."""
         return self.module.bytes_per_px
 
     @property
     def fixed_bytes(self) -> int:
-        """Memory one call takes whatever the size of its tile; weights not counted."""
+        """Memory one call takes for each of its tiles, whatever their size; weights not counted."""
         return self.module.fixed_bytes
 
     @property
@@ -124,16 +126,20 @@ class Network:
 
         Decided when it is first asked for, by what was measured on this machine, then or before.
         """
-        if self._runtime is None:
-            candidates: dict[calibration.Runtime, Callable[[], None]] = {"torch": self._torch_probe}
-            if self.device.type == "cpu" and strips.is_available() and self.module.draw():
-                candidates["ncnn"] = self._strips_probe
-            device = "cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
-            threads = torch.get_num_threads()
-            found = calibration.choose(self.card, device, threads, candidates, PROBE_PX**2)
-            self._runtime = found.runtime
-            self._pixels_per_second = max(self._pixels_per_second, found.pixels_per_second[found.runtime])
-        return self._runtime
+        with self._calibrating:
+            if self._runtime is None:
+                self._runtime = self._calibrated()
+            return self._runtime
+
+    def _calibrated(self) -> calibration.Runtime:
+        candidates: dict[calibration.Runtime, Callable[[], None]] = {"torch": self._torch_probe}
+        if self.device.type == "cpu" and strips.is_available() and self.module.draw():
+            candidates["ncnn"] = self._strips_probe
+        device = "cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
+        threads = torch.get_num_threads()
+        found = calibration.choose(self.card, device, threads, candidates, PROBE_PX**2)
+        self._pixels_per_second = max(self._pixels_per_second, found.pixels_per_second[found.runtime])
+        return found.runtime
 
     @property
     def is_calibrated(self) -> bool:
@@ -258,26 +264,27 @@ class Network:
         return max(step, px // width // step * step)
 
     def __call__(self, tile: Tensor, *, keep: Keep | None = None, half: bool = False) -> Tensor:
-        """Enlarges one tile.
+        """Enlarges one tile, or some of one size that keep the same part of themselves.
 
-        tile: (1, 3, H, W) float32 in [0, 1], on any device -> (1, 3, H * scale, W * scale) float32 in [0, 1], on the
-        network's device. With `keep` (x, y, width, height; input px from the tile's corner) only that part of the
-        result is made: (1, 3, height * scale, width * scale). With `half` the layers compute in float16, some tenths of
+        tile: (N, 3, H, W) float32 in [0, 1], on any device -> (N, 3, H * scale, W * scale) float32 in [0, 1], on the
+        network's device. With `keep` (x, y, width, height; input px from a tile's corner) only that part of the
+        result is made: (N, 3, height * scale, width * scale). With `half` the layers compute in float16, some tenths of
         a level of 255 off and not safe from overflow: the caller checks for NaN and infinity.
 
         Raises ValueError for another shape, and what torch raises when the device fails.
         """
-        if tile.ndim != 4 or tile.shape[0] != 1 or tile.shape[1] != 3 or tile.numel() == 0:
-            raise ValueError(f"A tile is (1, 3, H, W), H and W at least 1; this is {tuple(tile.shape)}.")
-        module = self._half() if half else self.module
-        dtype = torch.float16 if half else torch.float32
-        self.module.on_step = module.on_step = self.on_step
-        try:
-            with torch.inference_mode():
-                on_device = tile.to(self.device, dtype, non_blocking=True)
-                return module.enlarge(on_device.contiguous(memory_format=torch.channels_last), keep)
-        finally:
-            self.module.on_step = module.on_step = nothing
+        if tile.ndim != 4 or tile.shape[1] != 3 or tile.numel() == 0:
+            raise ValueError(f"A tile is (N, 3, H, W), N, H and W at least 1; this is {tuple(tile.shape)}.")
+        dtype = self.module.half_takes if half else torch.float32
+        with self._calling:
+            module = self._half() if half else self.module
+            self.module.on_step = module.on_step = self.on_step
+            try:
+                with torch.inference_mode():
+                    on_device = tile.to(self.device, dtype, non_blocking=True)
+                    return module.enlarge(on_device.contiguous(memory_format=torch.channels_last), keep)
+            finally:
+                self.module.on_step = module.on_step = nothing
 
     def passes(self, scale: int) -> tuple[Network, ...]:
         """The networks of this card that, each run over the result of the one before, reach `scale` or go beyond it.
@@ -317,7 +324,7 @@ class Network:
 
     def _half(self) -> Architecture:
         if self._half_module is None:
-            self._half_module = copy.deepcopy(self.module).half()
+            self._half_module = self.module.halved()
         return self._half_module
 
 
@@ -350,13 +357,22 @@ def _in_columns(pieces: Iterable[NDArray[np.float32]], reads: Sequence[slice]) -
     return [taken(number) for number in range(len(reads))]
 
 
-@functools.cache
 def load(card: ModelCard, device: str) -> Network:
     """The Network of a card on a torch device ("cpu", "cuda:0"). Loaded once in a process, then remembered.
 
     Raises ModelUnavailable if the architecture is unknown, the package that carries the weights is not installed, or
     their hash is not the card's.
     """
+    # A cache by itself lets two threads load the same at once, each its own.
+    with _LOADING:
+        return _loaded(card, device)
+
+
+_LOADING = threading.Lock()
+
+
+@functools.cache
+def _loaded(card: ModelCard, device: str) -> Network:
     wanted = "own" if isinstance(card.weights, OwnFile) else card.architecture
     for key, read in ARCHITECTURES:
         if key == wanted:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Self
 
+import torch
 from torch import Tensor, nn
 
 from worker.networks.strips import Blob, Graph
@@ -15,10 +18,11 @@ Keep = tuple[int, int, int, int]
 class Architecture(nn.Module):
     """A drawn network, and what it costs to run. Each of ours is a subclass in a file of its own.
 
-    A subclass hands its costs to `__init__` and defines `forward`, the network as its paper draws it: (1, 3, H, W) RGB
-    in [0, 1] -> (1, 3, H * scale, W * scale); values a little outside [0, 1] are clipped. What it does inside is its
+    A subclass hands its costs to `__init__` and defines `forward`, the network as its paper draws it: (N, 3, H, W) RGB
+    in [0, 1] -> (N, 3, H * scale, W * scale); values a little outside [0, 1] are clipped. What it does inside is its
     own affair: it may turn the picture to luma and enlarge the chroma plainly, or begin by enlarging everything. Where
-    it has something better than computing all and throwing the halo away, it overrides `enlarge`.
+    it has something better than computing all and throwing the halo away, it overrides `enlarge`. Tiles of one call
+    know nothing of each other: what comes of each is what would come of it alone.
     """
 
     def __init__(
@@ -36,6 +40,9 @@ class Architecture(nn.Module):
         self.on_step: Callable[[], None] = nothing
         """Called now and then within `forward` and `enlarge` by a network whose calls take long: a sign of life."""
         self.supports_half = True
+        self.precise_layers: tuple[str, ...] = ()
+        """Of the first, those that `halved` leaves in float32: where what they read is rounded all later ones see the
+        difference, and generators make much of it. What they hand on is rounded by whoever reads it."""
         self.scale = scale
         self.reach_px = reach_px
         """Input px beyond its own place that an output pixel can depend on, on each side."""
@@ -47,9 +54,22 @@ class Architecture(nn.Module):
         self.bytes_per_px = bytes_per_px
         """Memory of a call for each input pixel it reads, in float32; the result is counted in."""
         self.fixed_bytes = fixed_bytes
-        """Memory of a call whatever the size of its tile; weights not counted."""
+        """Memory of a call for each of its tiles, whatever their size; weights not counted."""
         self.drawn_rows_kept = 0
         """Rows of the last drawing's output that `finish` wants to see again with those that follow them."""
+
+    @property
+    def half_takes(self) -> torch.dtype:
+        """Of the tiles that `halved` is given."""
+        return torch.float32 if self.precise_layers else torch.float16
+
+    def halved(self) -> Self:
+        """A copy that computes in half precision."""
+        half = copy.deepcopy(self).half()
+        for name in self.precise_layers:
+            # From the original: its copy has been rounded.
+            half.get_submodule(name).float().load_state_dict(self.get_submodule(name).state_dict())
+        return half
 
     def draw(self) -> list[tuple[Graph, Blob]]:
         """The network as graphs, one fed with the output of the one before, for `worker.networks.strips`; none where
@@ -62,9 +82,9 @@ class Architecture(nn.Module):
         return drawn.clamp(0, 1)
 
     def enlarge(self, x: Tensor, keep: Keep | None = None) -> Tensor:
-        """x: (1, 3, H, W) in [0, 1], float32 or float16 -> (1, 3, H * scale, W * scale) float32 in [0, 1], same device.
+        """x: (N, 3, H, W) in [0, 1], float32 or float16 -> (N, 3, H * scale, W * scale) float32 in [0, 1], same device.
 
-        With `keep` only that part of the result.
+        With `keep` only that part of the result, the same of each tile.
         """
         left, top, width, height = keep or (0, 0, x.shape[3], x.shape[2])
         rows = slice(top * self.scale, (top + height) * self.scale)

@@ -42,7 +42,7 @@ class Compact(Architecture):
                 self.layers.append(nn.PReLU(CHANNELS))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (1, 3, H, W) in [0, 1] -> (1, 3, H * scale, W * scale), same dtype and device; may overshoot."""
+        """x: (N, 3, H, W) in [0, 1] -> (N, 3, H * scale, W * scale), same dtype and device; may overshoot."""
         made = F.pixel_shuffle(self.layers(x), MADE)
         made = made + F.interpolate(x, scale_factor=MADE, mode="nearest")
         if self.scale == MADE:

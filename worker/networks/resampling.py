@@ -40,18 +40,18 @@ class Resampling(Architecture):
         self.register_buffer("taps", torch.tensor(rows, dtype=torch.float32), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (1, 3, H, W) -> (1, 3, H * scale, W * scale), same dtype and device; overshoots where the filter does."""
+        """x: (N, 3, H, W) -> (N, 3, H * scale, W * scale), same dtype and device; overshoots where the filter does."""
         return self._across(self._across(x.transpose(2, 3)).transpose(2, 3))
 
     def _across(self, x: Tensor) -> Tensor:
-        """(1, 3, H, W) -> (1, 3, H, W * scale)."""
-        channels, height, width = x.shape[1:]
+        """(N, 3, H, W) -> (N, 3, H, W * scale)."""
+        height, width = x.shape[2:]
         taps = self.taps[:, None, None, :]
         padding = (0, self.taps.shape[1] // 2)
         # Pillow leaves out what lies beyond the edge and makes up for it: the weights that are left add up to 1.
         weight = F.conv2d(x.new_ones(1, 1, 1, width), taps, padding=padding)
-        phases = F.conv2d(x.reshape(channels, 1, height, width), taps, padding=padding) / weight
-        return phases.permute(0, 2, 3, 1).reshape(1, channels, height, width * self.scale)
+        phases = F.conv2d(x.reshape(-1, 1, height, width), taps, padding=padding) / weight
+        return phases.permute(0, 2, 3, 1).reshape(*x.shape[:3], width * self.scale)
 
 
 def bicubic(_weights: bytes, scale: int) -> Resampling:

@@ -74,6 +74,7 @@ class Rrdb(Architecture):
             # What a strip of the tail, at four times the size, holds beyond that.
             fixed_bytes=4 * 16 * CHANNELS * STRIP_PX,
         )
+        self.precise_layers = ("first",)
         self.first = _conv(3, CHANNELS)
         self.blocks = nn.ModuleList(_ResidualInResidual() for _ in range(blocks))
         self.merge = _conv(CHANNELS, CHANNELS)
@@ -83,7 +84,7 @@ class Rrdb(Architecture):
         self.out = _conv(CHANNELS, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (1, 3, H, W) in [0, 1] -> (1, 3, 4H, 4W), same dtype and device; may overshoot."""
+        """x: (N, 3, H, W) in [0, 1] -> (N, 3, 4H, 4W), same dtype and device; may overshoot."""
         return self._tail(self._body(x))
 
     def enlarge(self, x: Tensor, keep: Keep | None = None) -> Tensor:
@@ -93,7 +94,7 @@ class Rrdb(Architecture):
         first_column = max(0, left - TAIL_REACH_PX)
         x = x[..., first_column : left + width + TAIL_REACH_PX]
         columns = slice(4 * (left - first_column), 4 * (left - first_column + width))
-        result = torch.empty((1, 3, 4 * height, 4 * width), device=x.device, dtype=torch.float32)
+        result = torch.empty((x.shape[0], 3, 4 * height, 4 * width), device=x.device, dtype=torch.float32)
         result = result.contiguous(memory_format=torch.channels_last)
         rows = max(1, STRIP_PX // x.shape[3])
         for y in range(top, top + height, rows):
@@ -106,7 +107,7 @@ class Rrdb(Architecture):
         return result
 
     def _body(self, x: Tensor) -> Tensor:
-        first = y = self.first(x)
+        first = y = self.first(x).to(self.merge.weight.dtype)
         for block in self.blocks:
             y = block(y)
             self.on_step()

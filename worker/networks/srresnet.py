@@ -70,6 +70,8 @@ class SrResNet(Architecture):
             fixed_bytes=4 * 2 * STRIP_PX * 4 * channels,
         )
         self.drawn_rows_kept = 3
+        # A hundredth of the work.
+        self.precise_layers = ("head", "head_slope")
         self.channels = channels
         self.head = nn.Conv2d(3, channels, 9, padding=4)
         self.head_slope = nn.PReLU(channels)
@@ -87,7 +89,7 @@ class SrResNet(Architecture):
     def forward(self, x: Tensor) -> Tensor:
         """The network as the paper draws it. `enlarge` is what is used; tests and benchmark hold it to this.
 
-        x: (1, 3, H, W) in [0, 1] -> (1, 3, 4H, 4W), same dtype and device, in [0, 1].
+        x: (N, 3, H, W) in [0, 1] -> (N, 3, 4H, 4W), same dtype and device, in [0, 1].
         """
         x = self._body(x)
         x = self.up1_slope(F.pixel_shuffle(self.up1(x), 2))
@@ -116,9 +118,9 @@ class SrResNet(Architecture):
         return self
 
     def enlarge(self, x: Tensor, keep: Keep | None = None) -> Tensor:
-        """x: (1, 3, H, W) in [0, 1], channels_last -> (1, 3, 4H, 4W) float32 in [0, 1], same device, channels_last.
+        """x: (N, 3, H, W) in [0, 1], channels_last -> (N, 3, 4H, 4W) float32 in [0, 1], same device, channels_last.
 
-        With `keep` (x, y, width, height; in px of the input) only that part of the result is made, (1, 3, 4 * height,
+        With `keep` (x, y, width, height; in px of the input) only that part of the result is made, (N, 3, 4 * height,
         4 * width), and the tail, half of the work, runs over that part and what it sees around it only. Zero padding is
         applied at the edges of the input, as everywhere in this network; a tile's halo keeps it off what is used.
         """
@@ -130,7 +132,7 @@ class SrResNet(Architecture):
         return self._tail(x)[:, :, top : top + 4 * height, left : left + 4 * width]
 
     def _body(self, x: Tensor) -> Tensor:
-        x = skip = self.head_slope(self.head(x))
+        x = skip = self.head_slope(self.head(x)).to(self.up1.weight.dtype)
         for block in self.blocks:
             x = block(x)
         return cast(Tensor, self.merge(x)).add_(skip)
@@ -139,9 +141,8 @@ class SrResNet(Architecture):
         x = F.pixel_shuffle(self.up1(x), 2)
         x = self.up1_slope(x)
         height, width = x.shape[2:]
-        result = torch.empty(
-            (1, 3, 2 * height, 2 * width), device=x.device, memory_format=torch.channels_last, dtype=torch.float32
-        )
+        shape = (x.shape[0], 3, 2 * height, 2 * width)
+        result = torch.empty(shape, device=x.device, memory_format=torch.channels_last, dtype=torch.float32)
         # Even, so that a strip ends where an input row ends: the last convolution takes two rows at a step.
         rows = max(STRIP_ROWS, STRIP_PX // width // 2 * 2)
         for top in range(0, height, rows):

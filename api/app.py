@@ -10,11 +10,10 @@ import time
 from datetime import timedelta
 from urllib.parse import urlsplit
 
-import structlog
 from flask import Flask, Response, g, request
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from api import asked, compat, dashboard, health, openapi, operations, problems, v1, web
+from api import asked, compat, dashboard, health, openapi, operations, problems, uploads, v1, web
 from api.context import Context, Seats
 from api.limits import RateLimits
 from api.zooms import Zooms
@@ -26,7 +25,7 @@ from shared.outgoing import GuardedClient
 from shared.sandbox import Sandbox
 from shared.settings import Settings
 from shared.storage import Storage
-from shared.telemetry import configure_logs, log, tallies
+from shared.telemetry import begin_lines, configure_logs, log, tallies
 from shared.traces import Span, Traces
 from shared.workers import Presence
 
@@ -47,8 +46,6 @@ def create_app(settings: Settings | None = None) -> Flask:
     if settings is None:
         settings = settings_module.load()
         configure_logs(settings.log_level, settings.log_format)
-        # A process of the service warms it up beforehand: the first picture need not wait for that.
-        sandbox.start()
     if not settings.secret_key:
         raise ValueError("ENLARGER_SECRET_KEY is not set; any 32 random characters will do, the same on every host.")
     database = Database(settings.sqlalchemy_url)
@@ -69,7 +66,6 @@ def create_app(settings: Settings | None = None) -> Flask:
         zooms=Zooms(storage),
     )
     if is_own_process:
-        threading.Thread(target=context.warm_up, name="warm-up", daemon=True).start()
         # What it counts reaches `/metrics` through its row: the next question may come to another process.
         presence = Presence(
             database, workers.this_process("api"), interval_seconds=settings.worker_lost_after_seconds / 3
@@ -78,6 +74,7 @@ def create_app(settings: Settings | None = None) -> Flask:
         atexit.register(context.traces.close)
         atexit.register(presence.stop)
     app = Flask("api")
+    app.request_class = uploads.Request
     app.config.update(
         SECRET_KEY=settings.secret_key,
         # A batch sends each picture as a part, and a few fields beside them.
@@ -107,6 +104,9 @@ def create_app(settings: Settings | None = None) -> Flask:
     if settings.trusted_proxies:
         hops = settings.trusted_proxies
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops, x_host=hops)  # type: ignore[method-assign]
+    if is_own_process:
+        # Last: until here it would only make this thread slower, which is all that a process that starts waits for.
+        threading.Thread(target=context.warm_up, name="warm-up", daemon=True).start()
     return app
 
 
@@ -115,12 +115,9 @@ def _begin(traces: Traces) -> None:
     sent = request.headers.get("X-Request-Id", "")
     g.request_id = sent if _REQUEST_ID.fullmatch(sent) else secrets.token_hex(16)
     g.began_at = time.perf_counter()
-    structlog.contextvars.clear_contextvars()
-    structlog.contextvars.bind_contextvars(request_id=g.request_id)
     parent = asked.traceparent()
     g.span = Span(parent) if request.endpoint in _UNLOGGED else traces.begin(_span_name(), parent)
-    if g.span.traceparent is not None:
-        structlog.contextvars.bind_contextvars(traceparent=g.span.traceparent)
+    begin_lines(request_id=g.request_id, traceparent=g.span.traceparent)
 
 
 def _span_name() -> str:

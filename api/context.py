@@ -69,7 +69,8 @@ class Context:
         return queries.waits_for(session, job, worker_lost_after_seconds=lost_after_seconds, now=clock(session))
 
     def warm_up(self) -> None:
-        """Loads what the first request would have to wait for; connects to nothing."""
+        """Starts and loads what the first request would have to wait for; connects to nothing."""
+        self.sandbox.start()
         self.storage.warm_up()
         self.limits.warm_up()
         self.broker.warm_up()

@@ -5,7 +5,9 @@ SQLite (the default, one host) and PostgreSQL (production) are treated alike by 
 
 from __future__ import annotations
 
+import fcntl
 import functools
+import os
 import secrets
 import threading
 import time
@@ -39,6 +41,10 @@ NAMING_CONVENTION = {
 
 # How long a writer waits for SQLite's one write lock before the API answers 503.
 SQLITE_BUSY_TIMEOUT_SECONDS = 15
+# For its turn among the processes of this host; then it goes the way it would without turns. Whoever has the turn, or
+# is next, writes within milliseconds, unless it is frozen.
+SQLITE_TURN_PATIENCE_SECONDS = 2
+SQLITE_TURN_LOOK_SECONDS = 0.0005
 POSTGRESQL_CONNECT_TIMEOUT_SECONDS = 5
 # A statement that runs longer than this is ended by PostgreSQL: an honest error instead of a hung request.
 POSTGRESQL_STATEMENT_TIMEOUT_SECONDS = 10
@@ -123,6 +129,7 @@ class Database:
         self._reading_engine = self.engine.execution_options(enlarger_reading=True)
         # Reentrant: a transaction within another one is SQLite's to refuse, as it always has been.
         self._writing = threading.RLock() if self.is_sqlite else None
+        self._turns = _Turns(self.url.database) if self.is_sqlite else None
 
     @contextmanager
     def transaction(self) -> Iterator[Session]:
@@ -140,15 +147,17 @@ class Database:
 
     @contextmanager
     def _turn_to_write(self) -> Iterator[None]:
-        """SQLite's one write lock, queued for within this process. SQLite itself has waiters sleep and look again, ever
-        longer: with eight threads that write, one in a hundred waited for seconds."""
-        if self._writing is None:
+        """SQLite's one write lock, queued for within this process, then among those of this host. SQLite itself has
+        waiters sleep and look again, ever longer: with eight threads that write, one in a hundred waited for seconds,
+        and with two processes for half of one."""
+        if self._writing is None or self._turns is None:
             yield
             return
         if not self._writing.acquire(timeout=SQLITE_BUSY_TIMEOUT_SECONDS):
             raise DatabaseUnavailable("The database is busy writing.", retry_after_seconds=2)
         try:
-            yield
+            with self._turns.one():
+                yield
         finally:
             self._writing.release()
 
@@ -171,11 +180,83 @@ class Database:
         """Ends every connection; one that a thread still uses, when it comes back."""
         self._is_closed = True
         self.engine.dispose()
+        # Where a thread still writes, two descriptors stay until the process ends: none may name another file under it.
+        if self._turns is not None and self._writing is not None and self._writing.acquire(blocking=False):
+            self._turns.close()
+            self._writing.release()
 
     def _end_late_comer(self, _connection: Any, record: ConnectionPoolEntry) -> None:
         if self._is_closed:
             # SQLAlchemy would keep it in a pool that nobody has any more.
             record.invalidate()
+
+
+class _Turns:
+    """Whose turn it is to write one SQLite file, among the processes of this host; of one process, one thread at a time
+    asks.
+
+    Two files beside the database are locked by `flock`, which the kernel takes back from whoever dies. `-queue` belongs
+    to the one that comes next, while it waits for `-turn`, which belongs to the one that writes. With one file alone a
+    process of many threads would take the turn again and again, before any other has looked. Nothing depends on it:
+    whoever writes without a turn is SQLite's to hold back.
+    """
+
+    def __init__(self, path: str | None) -> None:
+        # In memory, or named by a URI: nobody else writes there, or nobody knows where it lies.
+        self._path = path if path and not path.startswith((":memory:", "file:")) else None
+        self._fds: tuple[int, int] | None = None
+        self._held = 0
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Has the turn within the block, or has waited for it as long as one should."""
+        is_first = self._held == 0
+        has_it = is_first and self._take()
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+            if has_it and self._fds is not None:
+                fcntl.flock(self._fds[1], fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        if self._held:
+            return
+        fds, self._fds = self._fds, None
+        for fd in fds or ():
+            os.close(fd)
+
+    def _take(self) -> bool:
+        if self._path is None:
+            return False
+        if self._fds is None:
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+            try:
+                queue = os.open(f"{self._path}-queue", flags, 0o644)
+                self._fds = queue, os.open(f"{self._path}-turn", flags, 0o644)
+            except OSError:
+                # Whatever it is (no such folder, no room), SQLite will meet it and say so.
+                return False
+        queue, turn = self._fds
+        patient_until = time.monotonic() + SQLITE_TURN_PATIENCE_SECONDS
+        is_next = _lock_until(queue, patient_until)
+        has_it = is_next and _lock_until(turn, patient_until)
+        if is_next:
+            fcntl.flock(queue, fcntl.LOCK_UN)
+        return has_it
+
+
+def _lock_until(fd: int, moment: float) -> bool:
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            # The kernel's own waiting has no end, and a frozen process must not freeze the others.
+            if time.monotonic() >= moment:
+                return False
+            time.sleep(SQLITE_TURN_LOOK_SECONDS)
 
 
 @contextmanager

@@ -160,24 +160,28 @@ def inspect(file: BinaryIO, *, max_px: int | None = None) -> PictureFacts:
 INSPECT_CPU_SECONDS = 4
 INSPECT_WALL_SECONDS = 8.0
 INSPECT_BYTES_PER_PX = 10
+INSPECT_STEP_BYTES = 4 * 2**20
+"""In steps of which a file's size counts: children with the same limits can stand in for each other."""
 HEADROOM_BYTES = 256 * 2**20
 """Of a child's addresses: what any decoder takes for itself, and its threads' stacks."""
 
 
-def inspect_in(sandbox: Sandbox, file: BinaryIO, *, max_px: int) -> PictureFacts:
-    """As `inspect`, in a child of `sandbox` (of this module, or of one that offers the same task).
+def inspect_in(sandbox: Sandbox, file: BinaryIO, *, max_px: int, owner: str | None = None) -> PictureFacts:
+    """As `inspect`, in a child of `sandbox` (of this module, or of one that offers the same task): one that has read
+    nothing before, or with `owner` nothing but pictures of theirs.
 
     What is no picture at all is refused without one. Raises what `inspect` raises, InvalidImage also where the child
     died of the file, and Unavailable.
     """
     sniff(file)
+    steps = -(-file.seek(0, os.SEEK_END) // INSPECT_STEP_BYTES)
     limits = Limits(
-        memory_bytes=HEADROOM_BYTES + 4 * file.seek(0, os.SEEK_END) + INSPECT_BYTES_PER_PX * max_px,
+        memory_bytes=HEADROOM_BYTES + 4 * steps * INSPECT_STEP_BYTES + INSPECT_BYTES_PER_PX * max_px,
         cpu_seconds=INSPECT_CPU_SECONDS,
         wall_seconds=INSPECT_WALL_SECONDS,
         output_bytes=0,
     )
-    told, _ = sandbox.run("inspect", file, limits, max_px=max_px)
+    told, _ = sandbox.run("inspect", file, limits, owner=owner, max_px=max_px)
     try:
         return _told_facts().validate_python(told)
     # pydantic's ValidationError is one.

@@ -5,11 +5,17 @@ bytes say. So it runs in a child, made for this one file, with limits on memory,
 bytes, with no secret in its environment and no connection but the one it answers by. What becomes of the child is the
 file's fault and harms nobody.
 
+Of a task that takes less time than making a child, the caller may say whose the file is. A child that has answered such
+a question without any fault then stays for the same owner's next file, never for another's, and for a while only. If a
+file has taken it over, what it can spoil are answers about that owner's own files; and it can refuse none, since
+whatever is not a plain answer of such a child is asked again of one made for this file.
+
 One warm process imports the decoders once and forks such a child for each file, which takes some milliseconds where a
 fresh interpreter takes half a second:
 
     Sandbox.run --(task, read-only file, empty output)--> warm process --fork--> child: limits, then the task
         ^-------------------- a line of JSON; pixels and the like in the output, by shared memory ------'
+        '--(the same owner's next file)--> child that has stayed
 
 What a child says is not believed: errors are rebuilt from a list, and whoever calls checks the answer's shape.
 """
@@ -35,7 +41,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
@@ -53,10 +59,16 @@ START_SECONDS = 60.0
 """Importing the decoders takes half a second on a machine that has nothing else to do."""
 KEPT_IN_MEMORY_BYTES = 32 * 2**20
 """What a child has written stays in memory up to this; more goes to disk."""
+STAYS_FOR_FILES = 100
+"""After so many of its owner's files a child ends, however well it did: what it was given to hold stays little."""
+STAYS_IDLE_SECONDS = 5.0
+STAYING_CHILDREN = 16
+"""At once, each some megabytes; the one that has waited longest goes first."""
 _REQUEST_BYTES = 64 * 1024
 _ANSWER_BYTES = 2**20
 _CHILD_FILES = 64
 # One thread each: the child's memory is counted in addresses, of which every thread takes many.
+_ANSWERED = '{"answer": '
 _ENVIRONMENT = {
     "LANG": "C.UTF-8",
     "MALLOC_ARENA_MAX": "1",
@@ -86,6 +98,22 @@ class Spent:
     """Resident at most; the warm process's own pages, which it shares, are counted too."""
 
 
+@dataclass(frozen=True)
+class _Stayed:
+    """This side of a child that has answered well and waits for its owner's next file."""
+
+    owner: str
+    limits: Limits
+    call: socket.socket
+    """Its answers; closing it is what has the warm process kill it."""
+    requests: socket.socket
+    files_left: int
+
+    def hang_up(self) -> None:
+        self.call.close()
+        self.requests.close()
+
+
 class Sandbox:
     """One warm process and the children it makes. Thread-safe; starts with the first file, or with `start`."""
 
@@ -96,6 +124,7 @@ class Sandbox:
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._is_ready = False
+        self._stayed: list[_Stayed] = []
         self.last_spent: Spent | None = None
         """Of the child that ended last: for measurements."""
 
@@ -104,17 +133,31 @@ class Sandbox:
         with self._lock:
             self._start()
 
-    def run(self, task: str, file: BinaryIO, limits: Limits, **arguments: Any) -> tuple[Any, mmap.mmap | None]:
+    def run(
+        self, task: str, file: BinaryIO, limits: Limits, *, owner: str | None = None, **arguments: Any
+    ) -> tuple[Any, mmap.mmap | None]:
         """What the task answered, and what it wrote: mapped; None where that is nothing.
 
-        `file` is seekable; its position does not matter and is 0 afterwards. Raises UploadRejected where the task did,
-        InvalidImage where the child died of the file, InternalError for a fault of ours in the task, Unavailable where
-        no answer came in time or there is no warm process, OSError where the disk has no room for what it wrote.
+        `owner` is whose file it is, for a task that writes nothing: a child that has read another of theirs well, by
+        the same limits, may read this one. Without it the child is made for this file alone. `file` is seekable; its
+        position does not matter and is 0 afterwards.
+
+        Raises UploadRejected where the task did, InvalidImage where the child died of the file, InternalError for a
+        fault of ours in the task, Unavailable where no answer came in time or there is no warm process, OSError where
+        the disk has no room for what it wrote.
         """
+        assert owner is None or limits.output_bytes == 0, "what a child that stays has written, it could still change"
+        request = json.dumps([task, arguments, limits.memory_bytes, limits.cpu_seconds, limits.output_bytes]).encode()
         output_fd = os.memfd_create("enlarger-output", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
+            if owner is not None:
+                with _read_only(file) as input_fd:
+                    told = self._ask_one_that_stayed(owner, request, [input_fd, output_fd], limits)
+                if told is not None:
+                    return told["answer"], None
+            # Opened anew: the other child may still have it, and with it the place that is read from.
             with _read_only(file) as input_fd:
-                said, exit_code = self._ask(task, input_fd, output_fd, limits, arguments)
+                said, exit_code = self._ask(owner, request, [input_fd, output_fd], limits)
             answer = _believed(said, exit_code)
             return answer, _mapped(output_fd)
         finally:
@@ -131,16 +174,68 @@ class Sandbox:
         """Of the warm process; None before it is started."""
         return None if self._process is None else self._process.pid
 
-    def _ask(
-        self, task: str, input_fd: int, output_fd: int, limits: Limits, arguments: Mapping[str, Any]
-    ) -> tuple[dict[str, Any], int]:
-        request = json.dumps([task, arguments, limits.memory_bytes, limits.cpu_seconds, limits.output_bytes]).encode()
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            self._send(request, [theirs.fileno(), input_fd, output_fd])
+    def _ask(self, owner: str | None, request: bytes, fds: list[int], limits: Limits) -> tuple[dict[str, Any], int]:
+        """What a child made for this file says, and how it ended; 0 where it stays."""
+        with contextlib.ExitStack() as closing:
+            ours, theirs = (closing.enter_context(end) for end in socket.socketpair())
+            fds = [theirs.fileno(), *fds]
+            if owner is not None:
+                requests, heard = (
+                    closing.enter_context(end) for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                )
+                fds.append(heard.fileno())
+            self._send(request, fds)
             theirs.close()
             # Closing our end is what has the warm process kill a child that takes too long.
-            return self._heard(ours, limits.wall_seconds)
+            said, exit_code = self._heard(ours, limits.wall_seconds, stays=owner is not None)
+            if owner is not None and exit_code is None:
+                heard.close()
+                closing.pop_all()
+                self._let_stay(_Stayed(owner, limits, ours, requests, STAYS_FOR_FILES - 1))
+            return said, exit_code or 0
+
+    def _ask_one_that_stayed(self, owner: str, request: bytes, fds: list[int], limits: Limits) -> dict[str, Any] | None:
+        """The plain answer of a child that has read another file of this owner's; None where there is none, or where
+        it came to anything else: that is for a child of this file's own to say. Raises Unavailable where none came in
+        time."""
+        child = self._one_that_stayed(owner, limits)
+        if child is None:
+            return None
+        try:
+            socket.send_fds(child.requests, [request], fds)
+            said, exit_code = self._heard(child.call, limits.wall_seconds, stays=True)
+        except OSError:
+            # It has waited long enough and gone.
+            exit_code = -1
+        except Unavailable:
+            child.hang_up()
+            raise
+        if exit_code is not None:
+            child.hang_up()
+            return None
+        self._let_stay(replace(child, files_left=child.files_left - 1))
+        return said
+
+    def _one_that_stayed(self, owner: str, limits: Limits) -> _Stayed | None:
+        with self._lock:
+            # Without the warm process there is nobody to kill a child that takes too long.
+            if self._process is None or self._process.poll() is not None:
+                return None
+            # The one that has waited least: the others go in time, and their memory with them.
+            for place in reversed(range(len(self._stayed))):
+                if (self._stayed[place].owner, self._stayed[place].limits) == (owner, limits):
+                    return self._stayed.pop(place)
+        return None
+
+    def _let_stay(self, child: _Stayed) -> None:
+        if child.files_left <= 0:
+            child.hang_up()
+            return
+        with self._lock:
+            self._stayed.append(child)
+            longest = self._stayed.pop(0) if len(self._stayed) > STAYING_CHILDREN else None
+        if longest is not None:
+            longest.hang_up()
 
     def _send(self, request: bytes, fds: list[int]) -> None:
         for _ in range(2):
@@ -172,8 +267,9 @@ class Sandbox:
                     raise Unavailable("The process that reads pictures did not start.", retry_after_seconds=5)
             return control
 
-    def _heard(self, ours: socket.socket, wall_seconds: float) -> tuple[dict[str, Any], int]:
-        """The child's line and, behind it, how it ended: the warm process's line."""
+    def _heard(self, ours: socket.socket, wall_seconds: float, *, stays: bool) -> tuple[dict[str, Any], int | None]:
+        """The child's line and, behind it, how it ended: the warm process's line. None where it `stays` and has
+        answered. Raises Unavailable."""
         ends_at = time.monotonic() + wall_seconds
         heard = bytearray()
         while (left := ends_at - time.monotonic()) > 0 and len(heard) <= _ANSWER_BYTES:
@@ -190,6 +286,8 @@ class Sandbox:
                 code, cpu_seconds, peak_bytes = lines[-1].split()[1:4]
                 self.last_spent = Spent(float(cpu_seconds), int(peak_bytes))
                 return _object(lines[0] if len(lines) > 1 else b""), int(code)
+            if stays and not rest and len(lines) == 1 and "answer" in (said := _object(lines[0])):
+                return said, None
         raise Unavailable(f"The picture was not read within {wall_seconds:g} s.", retry_after_seconds=5)
 
     def _start(self) -> None:
@@ -208,6 +306,8 @@ class Sandbox:
         self._control, self._is_ready = ours, False
 
     def _stop(self) -> None:
+        while self._stayed:
+            self._stayed.pop().hang_up()
         if self._control is not None:
             self._control.close()
             self._control = None
@@ -331,7 +431,7 @@ class _Keeper:
         while True:
             for key, _ in self._selector.select():
                 if key.fileobj is self._control:
-                    request, fds, _, _ = socket.recv_fds(self._control, _REQUEST_BYTES, 3)
+                    request, fds, _, _ = socket.recv_fds(self._control, _REQUEST_BYTES, 4)
                     if not request:
                         for pid in self._calls:
                             os.kill(pid, signal.SIGKILL)
@@ -345,13 +445,12 @@ class _Keeper:
                     self._hung_up(key.data)
 
     def _begin(self, request: bytes, fds: list[int]) -> None:
-        call_fd, input_fd, output_fd = fds
-        call = socket.socket(fileno=call_fd)
+        call = socket.socket(fileno=fds.pop(0))
         pid = os.fork()
         if pid == 0:
-            self._be_a_child(request, call, input_fd, output_fd)
-        os.close(input_fd)
-        os.close(output_fd)
+            self._be_a_child(request, call, fds)
+        for fd in fds:
+            os.close(fd)
         self._calls[pid] = call
         self._selector.register(call, selectors.EVENT_READ, pid)
 
@@ -375,7 +474,7 @@ class _Keeper:
             with call, contextlib.suppress(OSError):
                 call.send(line.encode(), socket.MSG_DONTWAIT)
 
-    def _be_a_child(self, request: bytes, call: socket.socket, input_fd: int, output_fd: int) -> NoReturn:
+    def _be_a_child(self, request: bytes, call: socket.socket, fds: list[int]) -> NoReturn:
         code = 1
         try:
             signal.set_wakeup_fd(-1)
@@ -388,15 +487,37 @@ class _Keeper:
             silence = os.open(os.devnull, os.O_RDWR)
             os.dup2(silence, sys.stdout.fileno())
             os.dup2(silence, sys.stderr.fileno())
-            name, arguments, memory_bytes, cpu_seconds, output_bytes = json.loads(request)
-            _confine(memory_bytes, cpu_seconds, output_bytes)
-            with open(input_fd, "rb") as file, open(output_fd, "wb", buffering=0) as output:
-                said = _said_by(self._tasks[name], file, output, arguments)
+            input_fd, output_fd, *requests = fds
+            _confine(*json.loads(request)[2:])
+            said = self._said(request, input_fd, output_fd)
+            if requests:
+                with socket.socket(fileno=requests[0]) as more:
+                    said = self._stay(said, call, more)
             call.sendall(said.encode())
             code = 0
         finally:
             # Without the interpreter's own end: nothing here is to be flushed, joined or cleaned up.
             os._exit(code)
+
+    def _said(self, request: bytes, input_fd: int, output_fd: int) -> str:
+        name, arguments, *_ = json.loads(request)
+        with open(input_fd, "rb") as file, open(output_fd, "wb", buffering=0) as output:
+            return _said_by(self._tasks[name], file, output, arguments)
+
+    def _stay(self, said: str, call: socket.socket, more: socket.socket) -> str:
+        """Answers one file after the other, by the limits it has, until one of them is not simply answered or none
+        comes any more. What is to be said last."""
+        more.settimeout(STAYS_IDLE_SECONDS)
+        while said.startswith(_ANSWERED):
+            call.sendall(f"{said}\n".encode())
+            try:
+                request, fds, _, _ = socket.recv_fds(more, _REQUEST_BYTES, 2)
+            except TimeoutError:
+                return ""
+            if not request:
+                return ""
+            said = self._said(request, *fds)
+        return said
 
 
 def _said_by(task: Task, file: BinaryIO, output: Any, arguments: Mapping[str, Any]) -> str:

@@ -61,8 +61,8 @@ SERVICE_FILE = "service.json"
 """In the data folder while the service runs: its url, api_key and sign_in_url, for this user's other commands."""
 
 USUAL_PORT = 8000
-API_PROCESSES = 1
-"""Of the API, where a whole service runs on one machine."""
+API_PROCESSES = min(2, os.cpu_count() or 1)
+"""Of the API, where a whole service runs on one machine: Python keeps one of them on one core."""
 # Importing torch from a cold disk takes most of a minute on a slow machine.
 START_TIMEOUT_SECONDS = 180.0
 # An image worker gives its job back between two tiles, which take at most 5 s each.
@@ -101,6 +101,7 @@ def command(
         *("--bind", f"[{host}]:{port}" if ":" in host else f"{host}:{port}"),
         *("--worker-class", "gthread", "--threads", str(settings.api_threads), "--workers", str(processes)),
         *("--graceful-timeout", str(graceful_seconds), "--keep-alive", "30"),
+        *("--config", "python:api.processes"),
         # It would listen on a socket in the user's home for commands nobody sends.
         "--no-control-socket",
     ]
@@ -363,6 +364,7 @@ class Stack:
             name,
             self.settings,
             port=int(self.url.rpartition(":")[2]),
+            processes=API_PROCESSES,
             graceful_seconds=GRACEFUL_AT_TERMINAL_SECONDS,
         )
         log_path = self._directory / "logs" / f"{name}.log"

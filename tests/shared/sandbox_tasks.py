@@ -104,6 +104,21 @@ def lie(file: BinaryIO, output: BinaryIO, *, line: str) -> None:
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
+def remember(file: BinaryIO, output: BinaryIO, *, then: str = "") -> dict[str, Any]:
+    """Which process this is and the files it has read. Where it has read one before, does `then` first."""
+    content = file.read().decode()
+    if _kept and then == "refuse":
+        raise TooManyPixels(1, 1, 1)
+    if _kept and then == "blunder":
+        raise ZeroDivisionError
+    if _kept and then == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if _kept and then == "lie":
+        lie(file, output, line='{"answer": {}}\n{"answer": {}}\n')
+    _kept.append(content)
+    return {"pid": os.getpid(), "files": list(_kept)}
+
+
 SANDBOXED = {
     task.__name__: task
     for task in (
@@ -121,5 +136,6 @@ SANDBOXED = {
         look_around,
         talk_long,
         lie,
+        remember,
     )
 }

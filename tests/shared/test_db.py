@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
@@ -166,6 +170,7 @@ def test_a_locked_sqlite_is_unavailable_and_not_a_crash(
     sqlite_database: Database, monkeypatch: pytest.MonkeyPatch, now: datetime
 ) -> None:
     monkeypatch.setattr("shared.db.SQLITE_BUSY_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr("shared.db.SQLITE_TURN_PATIENCE_SECONDS", 0.05)
     impatient = Database(sqlite_database.url.render_as_string(hide_password=False))
     try:
         with sqlite_database.transaction() as holder:
@@ -190,6 +195,77 @@ def test_a_writer_whose_turn_does_not_come_is_told_so_and_the_next_has_it(
         with pytest.raises(ZeroDivisionError), sqlite_database.transaction():
             _ = 1 / 0
         other.submit(write).result()
+
+
+@pytest.fixture
+def other_process(sqlite_database: Database) -> Iterator[Database]:
+    """The same file as another process would have it: files are locked by whoever opened them."""
+    made = Database(sqlite_database.url.render_as_string(hide_password=False))
+    yield made
+    made.close()
+
+
+def test_a_process_of_many_writers_lets_another_have_its_turn(
+    sqlite_database: Database, other_process: Database, now: datetime
+) -> None:
+    with sqlite_database.transaction() as session:
+        key = a_key(session, now, name="0")
+    is_over = threading.Event()
+    commits = 0
+
+    def write() -> None:
+        nonlocal commits
+        while not is_over.is_set():
+            with sqlite_database.transaction() as session:
+                session.execute(text("UPDATE api_keys SET name = name + 1"))
+                commits += 1
+
+    meanwhile = []
+    with ThreadPoolExecutor(8) as writers:
+        for _ in range(8):
+            writers.submit(write)
+        wait_until(lambda: commits > 8, seconds=30, what="all of them to write")
+        for _ in range(10):
+            asked_at = commits
+            with other_process.transaction() as session:
+                meanwhile.append(commits - asked_at)
+                session.execute(text("UPDATE api_keys SET name = name + 1"))
+        is_over.set()
+    # The one that writes, and one that has come before us.
+    assert max(meanwhile) <= 3, meanwhile
+    with sqlite_database.reading() as session:
+        assert session.get_one(ApiKey, key.id).name == str(commits + 10)
+
+
+def test_the_turn_of_a_process_that_is_killed_is_free(sqlite_database: Database, now: datetime) -> None:
+    url = sqlite_database.url.render_as_string(hide_password=False)
+    program = (
+        "import sys, time; from sqlalchemy import text; from shared.db import Database\n"
+        "with Database(sys.argv[1]).transaction() as session:\n"
+        "    session.execute(text('SELECT 1')); print('writing', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, url], stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"writing\n"
+        writer.kill()
+        began = time.monotonic()
+        with sqlite_database.transaction() as session:
+            a_key(session, now)
+        assert time.monotonic() - began < 1
+
+
+@pytest.mark.parametrize("held", ["queue", "turn"])
+def test_a_turn_that_does_not_come_is_not_waited_for_for_ever(
+    sqlite_database: Database, monkeypatch: pytest.MonkeyPatch, now: datetime, held: str
+) -> None:
+    """Somebody is frozen with it and is not writing: SQLite has no objection."""
+    monkeypatch.setattr("shared.db.SQLITE_TURN_PATIENCE_SECONDS", 0.05)
+    with open(f"{sqlite_database.url.database}-{held}", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with sqlite_database.transaction() as session:
+            key = a_key(session, now)
+    with sqlite_database.transaction() as session:
+        assert session.get_one(ApiKey, key.id).name == "tester"
 
 
 def test_a_lost_connection_is_replaced_and_a_killed_server_is_unavailable(tmp_path: Path) -> None:

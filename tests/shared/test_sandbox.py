@@ -204,6 +204,84 @@ def test_files_are_read_side_by_side(sandbox: Sandbox) -> None:
         slow.result()
 
 
+INSPECTING = replace(LIMITS, output_bytes=0)
+
+
+def seen(sandbox: Sandbox, content: bytes, owner: str | None, limits: Limits = INSPECTING, **more: Any) -> Any:
+    return sandbox.run("remember", io.BytesIO(content), limits, owner=owner, **more)[0]
+
+
+@pytest.fixture
+def own_sandbox() -> Iterator[Sandbox]:
+    """Whose children are this test's."""
+    made = Sandbox("tests.shared.sandbox_tasks")
+    yield made
+    made.close()
+    assert children_of(made) == []
+
+
+def test_a_child_stays_for_its_owners_files_and_reads_nobody_elses(own_sandbox: Sandbox) -> None:
+    first = seen(own_sandbox, b"a1", "ann")
+    assert seen(own_sandbox, b"b1", "bob")["files"] == ["b1"]
+    assert seen(own_sandbox, b"n1", None)["files"] == ["n1"]
+    assert seen(own_sandbox, b"a2", "ann") == {"pid": first["pid"], "files": ["a1", "a2"]}
+    assert seen(own_sandbox, b"b2", "bob")["files"] == ["b1", "b2"]
+    assert seen(own_sandbox, b"a3", "ann", replace(INSPECTING, cpu_seconds=59))["files"] == ["a3"], "other limits"
+    assert len(children_of(own_sandbox)) == 3
+
+
+@pytest.mark.parametrize("then", ["refuse", "blunder", "crash", "lie"])
+def test_what_is_no_plain_answer_of_a_child_that_stayed_is_asked_of_another(own_sandbox: Sandbox, then: str) -> None:
+    """So a file can refuse its owner's other files nothing, and a child that has gone wrong is gone."""
+    first = seen(own_sandbox, b"a1", "ann")
+    second = seen(own_sandbox, b"a2", "ann", then=then)
+    assert second["files"] == ["a2"]
+    assert second["pid"] != first["pid"]
+    wait_until(lambda: children_of(own_sandbox) == [second["pid"]], seconds=30, what="the first to be gone")
+
+
+def test_a_child_that_answers_badly_does_not_stay(own_sandbox: Sandbox) -> None:
+    with pytest.raises(TooManyPixels):
+        own_sandbox.run("refuse", io.BytesIO(b"a1"), INSPECTING, owner="ann")
+    assert seen(own_sandbox, b"a2", "ann")["files"] == ["a2"]
+
+
+def test_children_that_stay_are_few_and_read_so_many_files(
+    own_sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shared.sandbox.STAYS_FOR_FILES", 2)
+    monkeypatch.setattr("shared.sandbox.STAYING_CHILDREN", 2)
+    assert [len(seen(own_sandbox, b"x", "ann")["files"]) for _ in range(5)] == [1, 2, 1, 2, 1]
+    for owner in ("bob", "cleo"):
+        seen(own_sandbox, b"x", owner)
+    wait_until(lambda: len(children_of(own_sandbox)) == 2, seconds=30, what="the one that waited longest to be gone")
+    assert [len(seen(own_sandbox, b"x", owner)["files"]) for owner in ("bob", "cleo", "ann")] == [2, 2, 1]
+
+
+def test_a_child_that_nobody_asks_goes_and_the_next_file_does_not_notice(own_sandbox: Sandbox) -> None:
+    first = seen(own_sandbox, b"a1", "ann")
+    wait_until(lambda: children_of(own_sandbox) == [], seconds=60, what="the child to have waited long enough")
+    second = seen(own_sandbox, b"a2", "ann")
+    assert second["files"] == ["a2"]
+    assert second["pid"] != first["pid"]
+
+
+def test_a_child_that_stayed_and_sleeps_is_hung_up_on_and_killed(own_sandbox: Sandbox) -> None:
+    limits = replace(INSPECTING, wall_seconds=0.5)
+    first = seen(own_sandbox, b"a1", "ann", limits)["pid"]
+    with pytest.raises(Unavailable, match="within"):
+        own_sandbox.run("doze", io.BytesIO(b"a2"), limits, owner="ann")
+    wait_until(lambda: not alive(first), seconds=30, what="the sleeper to be killed")
+    assert seen(own_sandbox, b"a3", "ann", limits)["files"] == ["a3"]
+
+
+def test_owners_files_are_read_side_by_side(own_sandbox: Sandbox) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        told = list(threads.map(lambda n: (n, seen(own_sandbox, b"%d" % n, f"owner{n % 2}")["files"]), range(200)))
+    assert all(files[-1] == str(n) for n, files in told)
+    assert all(int(file) % 2 == n % 2 for n, files in told for file in files)
+
+
 def test_a_warm_process_that_dies_is_replaced(sandbox: Sandbox) -> None:
     assert still_works(sandbox)
     first = sandbox.pid

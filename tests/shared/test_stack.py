@@ -64,6 +64,7 @@ def test_the_api_has_the_threads_and_processes_it_is_given_and_no_control_socket
     options = dict(pairwise(line))
     assert options["--bind"] == "0.0.0.0:81"
     assert (options["--threads"], options["--workers"], options["--worker-class"]) == ("7", "3", "gthread")
+    assert options["--config"] == "python:api.processes"
     assert "--no-control-socket" in line
 
 

@@ -89,9 +89,10 @@ class Beside(Bench):
             opener.join(60)
 
     def one_by_one(self, *job_ids: str) -> None:
-        """Each job is begun when the one before it waits, or its first tile is computed: order decides."""
+        """Each job is begun when the one before it waits, and the first has a call to itself: order decides."""
         for job_id in job_ids:
             self.executor.run_network(job_id, "cpu.interactive")
+            assert self.gate.is_held.wait(30)
 
     def states(self, *job_ids: str) -> list[JobState]:
         return [self.job(job_id).state for job_id in job_ids]

@@ -21,7 +21,7 @@ from shared.models import Job, JobState
 from shared.settings import Settings
 from shared.storage import Storage
 from tests.conftest import wait_until
-from tests.worker.test_batching import Gate, Noting, holding
+from tests.worker.test_batching import Gate, Noting, holding, one_thread  # noqa: F401  (a fixture for all of these)
 from tests.worker.test_execute import Bench
 from tests.worker.test_upscale import not_a_number, picture
 from worker import enlarging, execute
@@ -29,14 +29,6 @@ from worker.enlarging import Engine
 from worker.execute import Executor
 
 SIZE = (24, 16)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Beside(Bench):

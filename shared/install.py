@@ -92,6 +92,8 @@ def install(extras: list[str], *, only_dependencies: bool = False) -> None:
     if unfit:
         make_venv(unfit)
     elif stamp.exists() and set(extras) <= set(stamp.read_text().split()):
+        if not only_dependencies:
+            compile_sources()
         return
 
     pins = pyproject["tool"]["enlarger"]
@@ -114,6 +116,7 @@ def install(extras: list[str], *, only_dependencies: bool = False) -> None:
         for old in VENV.glob(".installed-*"):
             old.unlink()
         stamp.write_text("".join(f"{extra}\n" for extra in sorted({*already, *extras})))
+        compile_sources()
 
 
 def read_pyproject() -> dict[str, Any]:
@@ -246,6 +249,17 @@ def why_index_lacks(pins: dict[str, str], index_url: str) -> str:
         if not re.search(wheel, page):
             return f"has no {name} {version} for Python {python} on {platform.machine()}"
     return ""
+
+
+def compile_sources() -> None:
+    """Writes the bytecode of Enlarger itself, as pip does of what it installs; of what has not changed, nothing.
+
+    Python writes it at the first start, but where it may not (a folder that is read-only, PYTHONDONTWRITEBYTECODE) each
+    process compiles every module it loads, each time it starts.
+    """
+    rooms = [str(ROOT / room) for room in ("api", "migrations", "shared", "worker")]
+    # What cannot be written or compiled is said by the start that needs it.
+    subprocess.run([str(VENV_PYTHON), "-I", "-m", "compileall", "-qq", *rooms], check=False)
 
 
 def pip_install(arguments: list[str]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import http.server
 import importlib.metadata
+import importlib.util
 import os
 import re
 import shutil
@@ -169,6 +170,7 @@ def empty_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(install, "make_venv", make_venv)
     monkeypatch.setattr(install, "pip_install", FakePip())
+    monkeypatch.setattr(install, "compile_sources", lambda: None)
     monkeypatch.setattr(install, "nvidia_gpu", lambda: "")
     monkeypatch.setattr(install, "why_index_lacks", lambda pins, url: "does not answer (no network here)")
     monkeypatch.setattr(install.sys, "platform", "linux")
@@ -246,6 +248,25 @@ def test_a_container_layer_holds_the_dependencies_without_enlarger_itself(empty_
     first, second = pip_of().calls
     assert first[2:] == [*PROJECT["dependencies"], *EXTRAS["api"]]
     assert second[2:] == ["-e", f"{empty_checkout}[api]"]
+
+
+def test_an_install_leaves_bytecode_where_processes_may_not_write_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(install, "ROOT", tmp_path)
+    monkeypatch.setattr(install, "VENV_PYTHON", Path(sys.executable))
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    module, broken = tmp_path / "shared" / "module.py", tmp_path / "api" / "broken.py"
+    for path, source in ((module, "name = 1\n"), (broken, "name = \n")):
+        path.parent.mkdir()
+        path.write_text(source)
+    install.compile_sources()
+    bytecode = Path(importlib.util.cache_from_source(str(module)))
+    assert b"name" in bytecode.read_bytes()
+    module.write_text("another = 1\n")
+    os.utime(module, (1, 1))
+    install.compile_sources()
+    assert b"another" in bytecode.read_bytes()
 
 
 def test_an_unknown_extra_is_refused_by_name(empty_checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,9 +70,10 @@ class Context:
 
     def warm_up(self) -> None:
         """Starts and loads what the first request would have to wait for; connects to nothing."""
-        self.sandbox.start()
+        # What `/readyz` asks with comes first: a sandbox is a process that starts, and takes a core from it.
         self.storage.warm_up()
         self.limits.warm_up()
+        self.sandbox.start()
         self.broker.warm_up()
 
     def close(self) -> None:

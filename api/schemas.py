@@ -58,7 +58,8 @@ class Asked(BaseModel):
 class Answered(BaseModel):
     """An answer: fields may be added, so clients must let unknown ones pass."""
 
-    model_config = ConfigDict(extra="allow")
+    # Nobody checks answers by these, they are only described by them: `/openapi.json` builds them when it is asked for.
+    model_config = ConfigDict(extra="allow", defer_build=True)
 
 
 class JobSettings(Asked):

@@ -18,13 +18,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, Literal, cast
 
-from PIL import Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
-
 from shared.errors import FormatCannotHoldSize, InvalidImage, OutputTooLarge, TooManyPixels, UnsupportedFormat
 from shared.sandbox import Limits, Sandbox, Task
 
 if TYPE_CHECKING:
+    from PIL import Image
     from pydantic import TypeAdapter
+
+# Pillow is loaded where a picture is opened: the API does that in its sandbox alone, and would only start later for it.
 
 
 @dataclass(frozen=True)
@@ -95,27 +96,6 @@ class PictureFacts:
     def pixels(self) -> int:
         return self.width * self.height
 
-
-# Everything Pillow was seen to raise on broken or hostile files (the documented OSError is the smaller part), and what
-# its helpers raise below it. UnidentifiedImageError is an OSError; UnicodeError a ValueError; NotImplementedError and
-# RecursionError are RuntimeErrors; OverflowError and ZeroDivisionError are ArithmeticErrors.
-PILLOW_RAISES: tuple[type[Exception], ...] = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    AssertionError,
-    EOFError,
-    RuntimeError,
-    ArithmeticError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-    ImageCms.PyCMSError,
-)
 
 # Every decoder's metadata is read before its first pixel. Pillow reads JPEG's with quadratic effort (75 MB of EXIF
 # segments took 24 s), so what it may read to open a file is bounded: by bytes, and by calls for chains of tiny blocks.
@@ -209,7 +189,7 @@ def warm_up() -> None:
     """In a sandbox's warm process: what the first picture makes Pillow do (load its readers, compile its patterns) is
     done once, and not by every child."""
     # Loads the usual readers; the others are named.
-    from PIL import AvifImagePlugin, MpoImagePlugin, WebPImagePlugin  # noqa: F401
+    from PIL import AvifImagePlugin, Image, MpoImagePlugin, WebPImagePlugin  # noqa: F401
 
     for name in ("PNG", "JPEG", "TIFF", "BMP", "WEBP"):
         file = io.BytesIO()
@@ -251,12 +231,41 @@ def sniff(file: BinaryIO) -> Format:
     return format_named(name)
 
 
+@functools.cache
+def pillow_raises() -> tuple[type[Exception], ...]:
+    """Everything Pillow was seen to raise on broken or hostile files (the documented OSError is the smaller part), and
+    what its helpers raise below it."""
+    from PIL import Image, ImageCms
+
+    # UnidentifiedImageError is an OSError; UnicodeError a ValueError; NotImplementedError and RecursionError are
+    # RuntimeErrors; OverflowError and ZeroDivisionError are ArithmeticErrors.
+    return (
+        OSError,
+        SyntaxError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        AssertionError,
+        EOFError,
+        RuntimeError,
+        ArithmeticError,
+        MemoryError,
+        struct.error,
+        zlib.error,
+        Image.DecompressionBombError,
+        ImageCms.PyCMSError,
+    )
+
+
 @contextmanager
 def refusing_what_pillow_refuses(format_name: str) -> Iterator[None]:
     """Run Pillow inside: whatever it raises becomes InvalidImage, its warnings are silenced, its bomb check is off.
 
     Off, because it warns and raises by limits of its own; ours are settings and are checked by `check_size`.
     """
+    from PIL import Image
+
     Image.MAX_IMAGE_PIXELS = None
     # A filter of the process, set again where something removed it: catch_warnings() swaps global state back and
     # forth, which threads of the API would do under each other's feet. What matters becomes a warning of the job.
@@ -264,7 +273,7 @@ def refusing_what_pillow_refuses(format_name: str) -> Iterator[None]:
         warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         yield
-    except PILLOW_RAISES as error:
+    except pillow_raises() as error:
         raise InvalidImage(
             f"The file starts as {format_name.upper()} and cannot be read: {_reason(error)}.", format=format_name
         ) from error
@@ -272,6 +281,8 @@ def refusing_what_pillow_refuses(format_name: str) -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     """A foreign exception in words fit for a customer: no addresses of objects, no paths, one line."""
+    from PIL import UnidentifiedImageError
+
     if isinstance(error, UnidentifiedImageError):
         return "its header is broken, or its kind of pixels is not read"
     if isinstance(error, MemoryError):
@@ -340,6 +351,8 @@ class _MeteredFile:
 
 
 def _facts(format: Format, file: BinaryIO) -> PictureFacts:
+    from PIL import Image, TiffImagePlugin
+
     if format.name == "gif":
         return _gif_facts(file)
     byte_limit = MAX_HEADER_BYTES
@@ -387,10 +400,12 @@ def _facts(format: Format, file: BinaryIO) -> PictureFacts:
 
 def orientation_of(image: Image.Image) -> int:
     """EXIF orientation, 1 to 8, of a picture that is not TIFF; 1 where there is none or the EXIF block is broken."""
+    from PIL import Image
+
     try:
         # Not image.getexif(): PNG's loads the whole picture to look for EXIF behind it.
         orientation = int(Image.Image.getexif(image).get(ORIENTATION_TAG, 1))
-    except PILLOW_RAISES:
+    except pillow_raises():
         return 1
     return orientation if 1 <= orientation <= 8 else 1
 

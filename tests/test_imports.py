@@ -18,7 +18,18 @@ ROOT = Path(__file__).resolve().parent.parent
 PIXELS = ("torch", "torchvision")
 PAGES = ("flask", "gunicorn")
 # What the API's first request brings in, or the address or database that needs it; half of what its start would take.
-LATER = ("alembic", "boto3", "celery", "httpx", "limits", "psycopg", "redis")
+LATER = (
+    "PIL",
+    "alembic",
+    "boto3",
+    "celery",
+    "httpx",
+    "limits",
+    "psycopg",
+    "redis",
+    "rich",
+    "sqlalchemy.dialects.sqlite",
+)
 
 
 def test_every_import_contract_is_kept() -> None:
@@ -46,6 +57,21 @@ def test_a_process_loads_nothing_that_its_room_forbids(module: str, unwanted: tu
     ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.split() == [], f"import {module} loads {ran.stdout}"
+
+
+@pytest.mark.parametrize(("processes", "shared_by_them"), [(1, []), (2, ["boto3", "redis"])])
+def test_processes_that_are_forked_share_what_each_would_load(processes: int, shared_by_them: list[str]) -> None:
+    program = f"""if True:
+        import gc, sys, threading, types
+        from api import processes
+        processes.when_ready(types.SimpleNamespace(cfg=types.SimpleNamespace(workers={processes})))
+        # A fork would have threads' locks and not the threads; and what is frozen is never copied for a collection.
+        assert threading.active_count() == 1 and gc.isenabled() and gc.get_freeze_count() > 100_000
+        print(*sorted(set({LATER!r}) & set(sys.modules)))
+        """
+    ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == shared_by_them
 
 
 def test_tiling_uses_only_the_standard_library() -> None:

@@ -33,11 +33,11 @@ from PIL import ExifTags, Image, ImageCms, TiffImagePlugin
 from shared.errors import DiskFull, InternalError, InvalidImage, OutOfMemory, TooManyPixels
 from shared.pictures import (
     ORIENTATION_TAG,
-    PILLOW_RAISES,
     PictureFacts,
     format_named,
     inspect,
     orientation_of,
+    pillow_raises,
     refusing_what_pillow_refuses,
 )
 
@@ -445,7 +445,7 @@ def _usable_space(profile: bytes) -> bytes | None:
             "RGB",
             ImageCms.Intent.RELATIVE_COLORIMETRIC,
         )
-    except PILLOW_RAISES:
+    except pillow_raises():
         return None
     return space
 
@@ -617,7 +617,7 @@ def metadata_for_result(
     if source.exif is not None:
         try:
             exif = _exif_for_result(source.exif, policy == "keep", width, height)
-        except PILLOW_RAISES:
+        except pillow_raises():
             exif = None
     xmp = _xmp_for_result(source.xmp, width, height) if source.xmp and policy == "keep" else None
     return Metadata(exif, xmp, source.dpi or Metadata.dpi)
@@ -670,7 +670,7 @@ def _metadata_of(image: Image.Image) -> SourceMetadata:
         # Also false for NaN, which is what 0/0 in a file becomes.
         if dpi is None or not 1 <= dpi <= 100_000:
             dpi = None
-    except PILLOW_RAISES:
+    except pillow_raises():
         dpi = None
     is_tiff = isinstance(image, TiffImagePlugin.TiffImageFile)
     try:
@@ -689,7 +689,7 @@ def _metadata_of(image: Image.Image) -> SourceMetadata:
         if position:
             copied[int(ExifTags.IFD.GPSInfo)] = position
         block = copied.tobytes().removeprefix(b"Exif\0\0") if len(copied) else None
-    except PILLOW_RAISES:
+    except pillow_raises():
         return SourceMetadata(None, xmp, dpi, is_broken=True)
     return SourceMetadata(block, xmp, dpi)
 

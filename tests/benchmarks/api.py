@@ -222,12 +222,14 @@ class Place:
             yield Service(port, "/pictures", process)
 
     @contextmanager
-    def served(self, name: str, line: Sequence[str], port: int, settings: Settings) -> Iterator[Started]:
-        """That command, once it answers /livez."""
+    def served(
+        self, name: str, line: Sequence[str], port: int, settings: Settings, *, once: str = "/livez"
+    ) -> Iterator[Started]:
+        """That command, once it answers that path with 200."""
         log_path = self.folder / f"{name}.log"
         process = spawn(line, log_path=log_path, environ=environ(settings), folder=self.folder)
         with Started(name=name, process=process, log_path=log_path) as started:
-            wait(lambda: answers(f"http://127.0.0.1:{port}/livez"), f"{name} to answer: {log_path}")
+            wait(lambda: answers(f"http://127.0.0.1:{port}{once}"), f"{name} to answer: {log_path}")
             yield started
 
     def bare_celery(self) -> Celery:
@@ -309,9 +311,10 @@ class Place:
         settings = self.settings.model_copy(update={"database_url": f"sqlite:///{self.folder / 'few'}.db"})
         database = Database(settings.sqlalchemy_url)
 
-        def api() -> None:
+        def api(once: str) -> None:
             port = free_port()
-            with self.served("start", command("api", settings, port=port, processes=self.processes), port, settings):
+            line = command("api", settings, port=port, processes=self.processes)
+            with self.served("start", line, port, settings, once=once):
                 pass
 
         def worker() -> None:
@@ -325,7 +328,8 @@ class Place:
         took = {
             "import_api_app_seconds": quickest(lambda: subprocess.run(imports("api.app"), cwd=ROOT, check=True)),
             "python_seconds": quickest(lambda: subprocess.run(imports("sys"), cwd=ROOT, check=True)),
-            "api_seconds": quickest(api),
+            "api_alive_seconds": quickest(lambda: api("/livez")),
+            "api_ready_seconds": quickest(lambda: api("/readyz")),
             "image_worker_seconds": quickest(worker),
         }
         database.close()

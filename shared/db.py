@@ -127,20 +127,25 @@ class Database:
         self._is_closed = False
         event.listen(self.engine, "checkin", self._end_late_comer)
         self._reading_engine = self.engine.execution_options(enlarger_reading=True)
+        self._passing_engine = self.engine.execution_options(enlarger_passing=True)
         # Reentrant: a transaction within another one is SQLite's to refuse, as it always has been.
         self._writing = threading.RLock() if self.is_sqlite else None
         self._turns = _Turns(self.url.database) if self.is_sqlite else None
 
     @contextmanager
-    def transaction(self) -> Iterator[Session]:
+    def transaction(self, *, passing: bool = False) -> Iterator[Session]:
         """A session that may write: committed when the block ends, rolled back when it raises.
+
+        `passing`: what it writes is soon out of date by itself, so it need not survive a power cut; SQLite then does
+        not wait for the disk. Later commits take it along.
 
         Raises DatabaseUnavailable where the server cannot be reached or stays locked.
         """
+        engine = self._passing_engine if passing else self.engine
         with (
             self._turn_to_write(),
             _translated(),
-            Session(self.engine, expire_on_commit=False) as session,
+            Session(engine, expire_on_commit=False) as session,
             session.begin(),
         ):
             yield session
@@ -310,10 +315,8 @@ def _prepare_sqlite(connection: Any, _record: ConnectionPoolEntry) -> None:
     # sqlite3 must not open transactions by itself: `_begin_sqlite` does, with the lock we want.
     connection.isolation_level = None
     cursor = connection.cursor()
-    # WAL: readers do not wait for the writer. NORMAL: a power cut may cost the last transactions of WAL, a crash of
-    # the process none; FULL below makes the 202 survive a power cut as well, for one fsync a commit.
+    # WAL: readers do not wait for the writer.
     cursor.execute("PRAGMA journal_mode=WAL")
-    cursor.execute("PRAGMA synchronous=FULL")
     cursor.execute("PRAGMA foreign_keys=ON")
     cursor.execute(f"PRAGMA busy_timeout={SQLITE_BUSY_TIMEOUT_SECONDS * 1000}")
     cursor.close()
@@ -322,8 +325,17 @@ def _prepare_sqlite(connection: Any, _record: ConnectionPoolEntry) -> None:
 def _begin_sqlite(connection: Connection) -> None:
     # IMMEDIATE takes the write lock at once: a transaction that reads first and writes later would otherwise fail
     # with "database is locked", which no busy timeout can wait for.
-    reading = connection.get_execution_options().get("enlarger_reading", False)
-    connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+    options = connection.get_execution_options()
+    if options.get("enlarger_reading", False):
+        connection.exec_driver_sql("BEGIN")
+        return
+    # NORMAL: a power cut may cost the last transactions of WAL, a crash of the process none. FULL makes the 202 survive
+    # a power cut as well, for one fsync a commit.
+    synchronous = "NORMAL" if options.get("enlarger_passing", False) else "FULL"
+    if connection.info.get("synchronous") != synchronous:
+        connection.exec_driver_sql(f"PRAGMA synchronous={synchronous}")
+        connection.info["synchronous"] = synchronous
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def _begin_pooled(connection: Connection) -> None:

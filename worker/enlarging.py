@@ -10,11 +10,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Literal, Protocol, Self
+from typing import Any, BinaryIO, Generic, Literal, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,15 +91,14 @@ class Watch(Protocol):
 
 
 class Onlooker(Protocol):
-    """Is shown pixels on their way; what it sees is its own to copy, and it must be quick."""
+    """Is shown pixels on their way; what it sees is its own to copy, and it must be quick. By a thread of its own."""
 
     def begins(self, input_rgb: Samples, width: int, height: int, rows: range | None = None) -> None:
         """The picture is decoded, (H, W, 3), and its result will be `width` x `height` px. Comes again where the result
         is made again. `rows`: of a part of the result the rows that are going to be shown; None is all."""
 
     def made(self, rows: Samples) -> None:
-        """The next rows of the result, from the top, as they have gone to the encoder. Called from another thread than
-        `begins`, which has returned by then."""
+        """The next rows of the result, from the top, as they have gone to the encoder."""
 
 
 class Unwatched:
@@ -424,21 +423,17 @@ class Making:
         # With a clock of its own: another part's seconds are not this one's.
         clock = _Stopwatch()
         part = replace(self, work=replace(self.work, plans=(plan,)), clock=clock)
-        self.begin(rows=range(first.y * scale, last.bottom * scale))
         repairs = Repairs()
         comparison = Comparison(self.picture.rgb, scale, part.work.plans, first_row=first.y)
-        with (
-            open_part(target, self.layout(rows_in_strip)) as writer,
-            _Behind(writer, comparison, self.picture, self.onlookers) as behind,
-        ):
+        shown = range(first.y * scale, last.bottom * scale)
+        with _Behind(self, lambda: open_part(target, self.layout(rows_in_strip)), comparison, shown) as behind:
             self.watch.begins("upscale")
             for samples in _Enlarging(part, precise, repairs).rows():
                 with clock.time("encode"):
                     behind.take(samples)
                 del samples
             with clock.time("encode"):
-                behind.finish()
-                facts = writer.close()
+                facts = behind.finish().close()
         clock.add("compare", behind.compare_seconds)
         return MadePart(target.stat().st_size, facts, comparison.sums(), repairs, clock.timings)
 
@@ -459,15 +454,11 @@ class Making:
 
     def _write(self, target: Path, *, precise: bool) -> tuple[tuple[Label, ...] | None, int, dict[str, Any]]:
         """Into `target`: (labels, bytes, report). Raises NotTrue, and then there is no target."""
-        picture, clock = self.picture, self.clock
-        width, height = self.width, self.height
+        clock, width, height = self.clock, self.width, self.height
         repairs = Repairs()
-        if self.onlookers:
-            with clock.time("preview"):
-                self.begin()
-        comparison = Comparison(picture.rgb, self.wanted.scale, self.work.plans)
+        comparison = Comparison(self.picture.rgb, self.wanted.scale, self.work.plans)
         encoded_at_once_px = width * height if self.format.name in ("webp", "avif") else 0
-        with self._encoder(target) as encoder, _Behind(encoder, comparison, picture, self.onlookers) as behind:
+        with _Behind(self, lambda: self._encoder(target), comparison) as behind:
             self.watch.begins("upscale")
             for samples in _Enlarging(self, precise, repairs).rows():
                 with clock.time("encode"):
@@ -476,7 +467,7 @@ class Making:
             labels = self.labels()
             self.watch.begins("encode", expected_seconds=encoded_at_once_px / ENCODE_AT_ONCE_PX_PER_SECOND)
             with clock.time("encode"):
-                behind.finish()
+                encoder = behind.finish()
             report = self.report(comparison.sums(), repairs, precise=precise, compare_seconds=behind.compare_seconds)
             with clock.time("encode"):
                 size_bytes = encoder.close()
@@ -516,21 +507,32 @@ class Making:
         )
 
 
-class _Behind:
-    """What is done with finished rows while the network makes the next: encoding, comparing, showing.
+WriterT = TypeVar("WriterT", bound=Encoder | PartWriter)
 
-    By one thread, in order, a little at a time. At most HELD_BEHIND_BYTES wait for it, or one band where that is more:
-    a network that is faster than the encoder waits in `take`. What the thread raises comes out of the next call. A
-    context manager: leaving it by an exception drops what waits, and the thread has ended afterwards either way.
+
+class _Behind(Generic[WriterT]):
+    """All that is done for a result while the network makes it: the onlookers see the picture, the file is begun, and
+    finished rows are encoded, compared and shown.
+
+    By one thread, in order, a little at a time; the network waits for none of it, not even at its start. At most
+    HELD_BEHIND_BYTES wait for it, or one band where that is more: a network that is faster than the encoder waits in
+    `take`. What the thread raises comes out of the next call. A context manager: leaving it by an exception drops what
+    waits and leaves no file, and the thread has ended afterwards either way.
     """
 
     def __init__(
-        self, encoder: Encoder | PartWriter, comparison: Comparison, picture: Picture, onlookers: tuple[Onlooker, ...]
+        self,
+        making: Making,
+        open_writer: Callable[[], AbstractContextManager[WriterT]],
+        comparison: Comparison,
+        rows: range | None = None,
     ) -> None:
+        """`rows`: of the result, where it is a part of one."""
         self.compare_seconds = 0.0
         """What the comparison has taken of the thread."""
-        self._encoder, self._comparison, self._onlookers = encoder, comparison, onlookers
-        self._picture = picture
+        self._making, self._open_writer, self._comparison, self._rows = making, open_writer, comparison, rows
+        self._closing = ExitStack()
+        self._writer: WriterT | None = None
         self._waiting: deque[Samples] = deque()
         self._held_bytes = 0
         self._turn = threading.Condition()
@@ -550,14 +552,16 @@ class _Behind:
             self._held_bytes += rows.nbytes
             self._turn.notify_all()
 
-    def finish(self) -> None:
-        """All rows are in: returns when all is done with them. Raises what the thread has raised."""
+    def finish(self) -> WriterT:
+        """All rows are in: returns the writer, to be closed, when it has them. Raises what the thread has raised."""
         with self._turn:
             self._is_last_in = True
             self._turn.notify_all()
         self._thread.join()
         if self._error is not None:
             raise self._error
+        assert self._writer is not None
+        return self._writer
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -570,43 +574,46 @@ class _Behind:
             self._is_given_up = True
             self._turn.notify_all()
         self._thread.join()
+        self._closing.__exit__(kind, error, trace)
 
     def _run(self) -> None:
-        while True:
-            with self._turn:
-                self._turn.wait_for(lambda: self._waiting or self._is_last_in or self._is_given_up)
-                if self._is_given_up or not self._waiting:
-                    return
-                rows = self._waiting.popleft()
-            try:
-                self._do(rows)
-            except BaseException as error:  # noqa: BLE001 - it is raised where the rows come from
+        try:
+            self._making.begin(self._rows)
+            self._writer = self._closing.enter_context(self._open_writer())
+            while (rows := self._next()) is not None:
+                self._do(self._writer, rows)
                 with self._turn:
-                    self._error = error
-                    self._waiting.clear()
+                    self._held_bytes -= rows.nbytes
+                    # Before the wait for the next ones: their memory may be what the network wants for its next band.
+                    del rows
                     self._turn.notify_all()
-                return
+        except BaseException as error:  # noqa: BLE001 - it is raised where the rows come from
             with self._turn:
-                self._held_bytes -= rows.nbytes
-                # Before the wait for the next ones: their memory may be what the network wants for its next band.
-                del rows
+                self._error = error
+                self._waiting.clear()
                 self._turn.notify_all()
 
-    def _do(self, rows: Samples) -> None:
+    def _next(self) -> Samples | None:
+        """The rows that have waited longest; None when there will be none."""
+        with self._turn:
+            self._turn.wait_for(lambda: self._waiting or self._is_last_in or self._is_given_up)
+            return None if self._is_given_up or not self._waiting else self._waiting.popleft()
+
+    def _do(self, writer: Encoder | PartWriter, rows: Samples) -> None:
         # In pieces, of whose copies each of the three makes some; and giving up need not wait for a whole band.
         step = max(1, PIECE_BYTES * len(rows) // max(1, rows.nbytes))
         for top in range(0, len(rows), step):
             if self._is_given_up:
                 return
             piece = rows[top : top + step]
-            self._encoder.write(piece)
+            writer.write(piece)
             started = time.perf_counter()
             self._comparison.add(piece)
             self.compare_seconds += time.perf_counter() - started
             # The network is past them, but for a halo that it may read once more. All of them, each time: with a page
             # that is read the kernel maps those around it, also above.
-            self._picture.rest(0, self._comparison.compared)
-        for onlooker in self._onlookers:
+            self._making.picture.rest(0, self._comparison.compared)
+        for onlooker in self._making.onlookers:
             onlooker.made(rows)
 
 

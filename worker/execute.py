@@ -55,6 +55,7 @@ from shared.traces import Phases, Traces
 from shared.workers import Presence
 from worker import contact_sheet, sharding, upscale
 from worker.ahead import Ahead
+from worker.codec import Samples
 from worker.decoding import Sandboxed
 from worker.enlarging import Engine, Enlarged, Onlooker, Progress, Wanted
 from worker.networks import own
@@ -101,6 +102,9 @@ RETRY_RECORDING_SECONDS = (0.1, 2.0)
 # Shares of `fraction`: fetching and decoding come before the first tile, classifying and storing after the last.
 FRACTION_BEFORE, FRACTION_AFTER = 0.02, 0.95
 
+
+LAST_FIRST_SECONDS = 0.25
+"""So long what is done beside a network waits for the attempt before it to be finished: encoding it may take longer."""
 
 AFTER_NETWORK = ("encode", "store")
 """Phases that an attempt does not need the network for any more."""
@@ -225,6 +229,21 @@ class Turn:
         self._let_go()
 
 
+class LastFirst:
+    """An Onlooker (`worker.enlarging`) that has the others wait while the attempt before this one is finished: that one's
+    customer waits for it, and nobody yet for what is done beside the network of this one."""
+
+    def __init__(self, finishing: Callable[[], Sequence[Future[Outcome]]]) -> None:
+        """`finishing`: the attempts that need no network any more."""
+        self._finishing = finishing
+
+    def begins(self, input_rgb: Samples, width: int, height: int, rows: range | None = None) -> None:  # noqa: ARG002
+        wait(self._finishing(), LAST_FIRST_SECONDS)
+
+    def made(self, rows: Samples) -> None:
+        """Nothing to see here."""
+
+
 class Lifeline:
     """Keeps one claimed attempt alive while it makes progress, and raises what must end it.
 
@@ -335,7 +354,7 @@ class Lifeline:
         # The lease is counted from before the statement: the database counts from a little later, never earlier.
         started = self._written_at = self._monotonic()
         try:
-            with self._database.transaction() as session:
+            with self._database.transaction(passing=True) as session:
                 is_canceling = self._tell(session, fraction, lease_seconds, announce=tenths > self._tenths_announced)
         except DatabaseUnavailable as error:
             if not self.is_alive:
@@ -662,6 +681,9 @@ class Executor:
             else:
                 return
 
+    def _finishing(self) -> list[Future[Outcome]]:
+        return [each.outcome for each in list(self._under_way) if each.turn.over.done()]
+
     def _pass_on(self, job_id: str, queue: str | None) -> None:
         """The message is another process's: it is given back without a look at what it leads to."""
         with contextlib.suppress(DatabaseUnavailable), self._database.transaction() as session:
@@ -737,7 +759,8 @@ class Executor:
         others wait, or it is drained, the message is given back: once, not by one who `holds` it already."""
         worker_id = self.presence.facts.id
         for _ in range(CLAIM_TRIES):
-            with self._database.transaction() as session:
+            # A claim that a power cut undoes was of a worker of this very host.
+            with self._database.transaction(passing=True) as session:
                 now = clock(session)
                 # A message of before a job was moved to another device leads to the jobs of its own.
                 served = self._served(queue or session.scalar(select(Job.queue).where(Job.id == job_id)) or "")
@@ -1022,7 +1045,7 @@ class Executor:
             ) as result,
         ):
             fetched = time.monotonic()
-            onlookers: list[Onlooker] = [thumbnails, previews, result]
+            onlookers: list[Onlooker] = [LastFirst(self._finishing), thumbnails, previews, result]
             if self._ahead is not None and not self._stopping.is_set():
                 onlookers.append(self._ahead)
             made = self._made(job, device, source, target, lifeline, *onlookers)

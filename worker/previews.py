@@ -59,6 +59,8 @@ class Previews:
         rows: range | None = None,
     ) -> None:
         """The picture is decoded, (H, W, 3), and its result, or these rows of it, will be `width` x `height` px."""
+        if self._thread.ident is None:
+            self._thread.start()
         self._width, self._height = width, height
         rows = range(height) if rows is None else rows
         self._left_over, self._y_px, self._bottom_px = None, rows.start, rows.stop
@@ -107,14 +109,14 @@ class Previews:
         self._waiting.put(None)
 
     def __enter__(self) -> Self:
-        self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.end()
-        self._thread.join(LAST_WAIT_SECONDS)
+        if self._thread.ident is not None:
+            self._thread.join(LAST_WAIT_SECONDS)
 
     def _run(self) -> None:
         while (store := self._waiting.get()) is not None:

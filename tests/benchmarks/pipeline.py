@@ -6,8 +6,11 @@ A whole service on this machine: HTTP, SQL, Redis, S3, one image worker. All pic
 takes them; what is read afterwards is what the attempts have written down, in the database's clock:
 
     busy       of the time from the first claim to the last success, the share in which the network ran
-    overhead   of one job, from claim to success, what was neither network nor codec (decode; encoding that the network
-               did not cover): SQL, storage, scratch files, the sandbox's hand-over, thumbnails
+    overhead   of one job, from its claim to its network's start and from its network's end to success, what was no
+               codec (decode; encoding that the network did not cover): SQL, storage, scratch files, the sandbox's
+               hand-over, thumbnails
+    between    of one job, while its network runs, what was neither network nor waiting for the encoder: mostly where
+               progress is written
     turn       from one job's success to the next one's claim; below 0 by so much as the next was claimed before, since
                the last is encoded, stored and recorded beside it
 """
@@ -85,23 +88,25 @@ def measure(*, jobs: int = 50, model: str = "srgan", torch_threads: int = 0) -> 
 
 
 def _figures(rows: list[tuple[Job, Attempt]]) -> dict[str, Any]:
-    networks, befores, afters, overheads, turns = [], [], [], [], []
+    networks, befores, afters, betweens, turns = [], [], [], [], []
     last_end: datetime | None = None
     for job, attempt in rows:
         if job.state != "succeeded" or attempt.finished_at is None or attempt.trace is None:
             raise RuntimeError(f"{job.id} is {job.state}: {job.error_detail}")
         timings = job.timings or {}
-        codec = timings["decode_seconds"] + timings["encode_seconds"]
         whole = (attempt.finished_at - attempt.started_at).total_seconds()
-        begins = dict(reversed(attempt.trace["phases"]))["upscale"]
+        begins = dict(reversed(attempt.trace["phases"]))
         networks.append(timings["upscale_seconds"])
-        overheads.append(whole - codec - timings["upscale_seconds"])
-        befores.append(begins - timings["decode_seconds"])
-        afters.append(overheads[-1] - befores[-1])
+        befores.append(begins["upscale"] - timings["decode_seconds"])
+        # Phases are counted from the claim's end: what is left of the claim is in here.
+        afters.append(whole - begins["store"])
+        waits = timings["encode_seconds"] - (begins["store"] - begins["encode"])
+        betweens.append(begins["encode"] - begins["upscale"] - networks[-1] - waits)
         if last_end is not None:
             turns.append((attempt.started_at - last_end).total_seconds())
         last_end = attempt.finished_at
     assert last_end is not None
+    overheads = [before + after for before, after in zip(befores, afters, strict=True)]
     phases = {name for job, _ in rows for name in job.timings or {} if name.endswith("_seconds")} - {"queued_seconds"}
     return {
         "busy": round(sum(networks) / (last_end - rows[0][1].started_at).total_seconds(), 4),
@@ -110,6 +115,7 @@ def _figures(rows: list[tuple[Job, Attempt]]) -> dict[str, Any]:
         "overhead_p95_ms": _ms(overheads, 0.95),
         "claim_to_network_p50_ms": _ms(befores),
         "network_to_success_p50_ms": _ms(afters),
+        "between_p50_ms": _ms(betweens),
         "turn_p50_ms": _ms(turns),
         "phases_p50_ms": {
             name.removesuffix("_seconds"): _ms([(job.timings or {}).get(name, 0.0) for job, _ in rows])

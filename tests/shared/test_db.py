@@ -147,8 +147,13 @@ def test_writers_wait_for_each_other_and_lose_no_update(database: Database, now:
 def test_sqlite_survives_a_crash_of_the_process(sqlite_database: Database) -> None:
     with sqlite_database.reading() as session:
         assert session.scalar(text("PRAGMA journal_mode")) == "wal"
-        assert session.scalar(text("PRAGMA synchronous")) == 2, "FULL: the 202 survives a power cut as well"
         assert session.scalar(text("PRAGMA foreign_keys")) == 1
+
+
+def test_on_sqlite_a_202_waits_for_the_disk_and_progress_does_not(sqlite_database: Database) -> None:
+    for passing in (False, True, True, False, True):
+        with sqlite_database.transaction(passing=passing) as session:
+            assert session.scalar(text("PRAGMA synchronous")) == (1 if passing else 2)
 
 
 def test_ping_says_when_there_is_no_server() -> None:

@@ -285,8 +285,11 @@ def a_server_that_breaks_off(settings: Settings) -> Iterator[Storage]:
                     return
                 with connection:
                     request = connection.recv(65536)
-                    head = b'HTTP/1.1 200 OK\r\nContent-Type: image/png\r\nETag: "e"\r\nContent-Length: 1000\r\n\r\n'
-                    connection.sendall(head)
+                    status = b"200 OK"
+                    if b"\r\nRange: bytes=0-" in request:
+                        status = b"206 Partial Content\r\nContent-Range: bytes 0-999/1000"
+                    head = b'\r\nContent-Type: image/png\r\nETag: "e"\r\nContent-Length: 1000\r\n\r\n'
+                    connection.sendall(b"HTTP/1.1 " + status + head)
                     if not request.startswith(b"HEAD"):
                         connection.sendall(b"short")
 

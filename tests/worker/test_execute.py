@@ -940,7 +940,7 @@ def away(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[i
     """Inside, the database cannot be reached. Gives the list of tries made."""
     tries: list[int] = []
 
-    def transaction() -> Any:
+    def transaction(**_: Any) -> Any:
         tries.append(1)
         raise DatabaseUnavailable("away")
 
@@ -954,11 +954,11 @@ def test_a_database_away_for_a_moment_does_not_end_an_attempt(bench: Bench, monk
     job_id = bench.submit()
     transaction, failed = bench.database.transaction, []
 
-    def flaky() -> Any:
+    def flaky(**named: Any) -> Any:
         if "cpu" in bench.networks and bench.networks["cpu"].calls in (2, 3):
             failed.append(1)
             raise DatabaseUnavailable("away")
-        return transaction()
+        return transaction(**named)
 
     monkeypatch.setattr(bench.database, "transaction", flaky)
     assert isinstance(bench.executor.run(job_id), Succeeded)
@@ -974,12 +974,12 @@ def test_what_an_attempt_came_to_is_written_when_the_database_is_back(
     put, transaction = bench.storage.put, bench.database.transaction
     failures_left = 0
 
-    def flaky() -> Any:
+    def flaky(**named: Any) -> Any:
         nonlocal failures_left
         if failures_left:
             failures_left -= 1
             raise DatabaseUnavailable("away")
-        return transaction()
+        return transaction(**named)
 
     def put_then_lose_the_database(*positional: Any, **named: Any) -> None:
         nonlocal failures_left

@@ -379,7 +379,7 @@ def test_the_loss_of_the_worker_that_holds_the_job_costs_its_shard(bench: Shared
 class _Gone:
     """A database that this process does not reach any more."""
 
-    def transaction(self) -> Any:
+    def transaction(self, **_: Any) -> Any:
         raise DatabaseUnavailable("gone")
 
     reading = transaction
@@ -651,11 +651,11 @@ def test_a_database_that_is_away_for_a_moment_ends_no_shared_attempt(
     job_id = bench.hand_in()
     real, failing = bench.executor._database.transaction, [True, True]
 
-    def sometimes() -> Any:
+    def sometimes(**named: Any) -> Any:
         if failing and bench.executor._lifelines and bench.networks["cpu"].calls == 6:
             failing.pop()
             raise DatabaseUnavailable("away for a moment")
-        return real()
+        return real(**named)
 
     bench.networks.setdefault("cpu", a_network.Repeating(card("srgan"), "cpu"))
     with pytest.MonkeyPatch.context() as patch:

@@ -230,15 +230,16 @@ class Turn:
 
 
 class LastFirst:
-    """An Onlooker (`worker.enlarging`) that has the others wait while the attempt before this one is finished: that one's
-    customer waits for it, and nobody yet for what is done beside the network of this one."""
+    """An Onlooker (`worker.enlarging`) that has the others wait while the attempt before this one is finished: a
+    customer waits for that one, and nobody yet for what is done beside the network of this one."""
 
     def __init__(self, finishing: Callable[[], Sequence[Future[Outcome]]]) -> None:
         """`finishing`: the attempts that need no network any more."""
         self._finishing = finishing
 
     def begins(self, input_rgb: Samples, width: int, height: int, rows: range | None = None) -> None:  # noqa: ARG002
-        wait(self._finishing(), LAST_FIRST_SECONDS)
+        if finishing := self._finishing():
+            wait(finishing, LAST_FIRST_SECONDS)
 
     def made(self, rows: Samples) -> None:
         """Nothing to see here."""

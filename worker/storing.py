@@ -21,6 +21,8 @@ from shared.storage import MULTIPART_BYTES, Storage, Upload
 from shared.telemetry import log
 from worker.codec import WRITTEN_IN_ORDER, Samples, partial_path
 
+MOST_BYTES_PER_PX = 8
+"""Of a result before it is packed: four channels of 16 bits."""
 LOOK_SECONDS = 0.25
 """Between two looks at how long the file is. A part is some tenths of a second of encoding."""
 
@@ -35,6 +37,7 @@ class Storing:
         within `finish`, from other threads."""
         self._storage, self._key, self._path, self._format, self._on_bytes = storage, key, path, format, on_bytes
         self._thread: threading.Thread | None = None
+        self._may_be_large = False
         self._is_whole, self._is_over = threading.Event(), threading.Event()
         self._upload: Upload | None = None
         self._sha256 = hashlib.sha256()
@@ -43,10 +46,11 @@ class Storing:
     def begins(self, input_rgb: Samples, width: int, height: int, rows: range | None = None) -> None:  # noqa: ARG002
         """The result is begun, perhaps anew: what was sent of it before is of another one."""
         self._give_up()
+        self._may_be_large = MOST_BYTES_PER_PX * width * height > MULTIPART_BYTES
 
     def made(self, rows: Samples) -> None:  # noqa: ARG002  (an Onlooker's)
         """Some rows have gone to the encoder."""
-        if self._thread is None and self._format.name in WRITTEN_IN_ORDER:
+        if self._thread is None and self._may_be_large and self._format.name in WRITTEN_IN_ORDER:
             self._thread = threading.Thread(target=self._follow, name="storing", daemon=True)
             self._thread.start()
 

@@ -512,16 +512,19 @@ def test_the_next_job_has_the_network_while_a_result_is_stored(bench: Bench, mon
     at_work = threading.Event()
     put = bench.storage.put
     seen: list[tuple[str | None, JobState]] = []
+    stored: list[str] = []
 
     def slow_put(key: str, *args: Any, **named: Any) -> None:
         assert "/result-" not in key or key.startswith(bench.job(second).blob_prefix) or at_work.wait(30)
         put(key, *args, **named)
+        stored.append(key)
 
     def look(_: int) -> None:
         if bench.job(second).state == JobState.RUNNING and not at_work.is_set():
             seen.append((bench.current_job_id, bench.job(first).state))
             at_work.set()
 
+    monkeypatch.setattr(execute, "LAST_FIRST_SECONDS", 30.0)
     monkeypatch.setattr(bench.storage, "put", slow_put)
     bench.before_call = look
     bench.executor.run_network(first)
@@ -532,6 +535,8 @@ def test_the_next_job_has_the_network_while_a_result_is_stored(bench: Bench, mon
     bench.executor.stop()
     assert bench.job(second).state == JobState.SUCCEEDED, "a process that stops finishes what has left the network"
     assert bench.job(first).result_sha256 == bench.job(second).result_sha256
+    of_second = [key.startswith(bench.job(second).blob_prefix) for key in stored]
+    assert of_second == sorted(of_second), "what is done beside a network lets the last attempt be finished first"
     assert bench.current_job_id is None
     assert bench.executor._is_alive()
 

@@ -24,6 +24,8 @@ PNG = format_named("png")
 PART = 5 * 2**20
 """The least that S3 takes for a part that is not the last."""
 NO_ROWS = np.zeros((0, 1, 3), np.uint8)
+SMALL, LARGE = (100, 100), (1000, 1000)
+"""Width and height of results that surely make no part, and that may."""
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +71,7 @@ def test_a_large_result_is_sent_as_it_grows_and_is_seen_when_it_is_whole(
     monkeypatch.setattr(Upload, "send", lambda self, part: (send(self, part), sent.append(len(part))))
     growing, told = Growing(tmp_path / "result.png"), []
     with Storing(storage, KEY, growing.path, PNG, on_bytes=told.append) as result:
-        result.begins(NO_ROWS, 1, 1)
+        result.begins(NO_ROWS, *LARGE)
         growing.grow(PART + 7)
         result.made(NO_ROWS)
         wait_until(lambda: sent == [PART], seconds=20, what="a part")
@@ -86,14 +88,21 @@ def test_a_large_result_is_sent_as_it_grows_and_is_seen_when_it_is_whole(
     assert uploads_under_way(storage) == []
 
 
-@pytest.mark.parametrize(("format", "size"), [("png", 1000), ("tiff", PART + 1)])
+@pytest.mark.parametrize(
+    ("format", "size", "picture"), [("png", 1000, SMALL), ("png", 1000, LARGE), ("tiff", PART + 1, LARGE)]
+)
 def test_what_is_small_or_not_written_in_order_is_put_at_the_end(
-    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, size: int
+    storage: Storage,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    format: str,
+    size: int,
+    picture: tuple[int, int],
 ) -> None:
     monkeypatch.setattr(Storage, "begin", None)
     growing = Growing(tmp_path / "result")
     with Storing(storage, KEY, growing.path, format_named(format), on_bytes=lambda _: None) as result:
-        result.begins(NO_ROWS, 1, 1)
+        result.begins(NO_ROWS, *picture)
         growing.grow(size)
         result.made(NO_ROWS)
         growing.end()
@@ -106,7 +115,7 @@ def test_an_attempt_that_ends_otherwise_leaves_nothing_in_storage(storage: Stora
 
     def attempt() -> None:
         with Storing(storage, KEY, growing.path, PNG, on_bytes=lambda _: None) as result:
-            result.begins(NO_ROWS, 1, 1)
+            result.begins(NO_ROWS, *LARGE)
             growing.grow(PART)
             result.made(NO_ROWS)
             wait_until(lambda: uploads_under_way(storage), seconds=20, what="an upload")
@@ -123,7 +132,7 @@ def test_a_result_made_again_is_sent_from_its_start(storage: Storage, tmp_path: 
     with Storing(storage, KEY, first.path, PNG, on_bytes=lambda _: None) as result:
         for growing in (first, second):
             partial_path(growing.path).unlink(missing_ok=True)
-            result.begins(NO_ROWS, 1, 1)
+            result.begins(NO_ROWS, *LARGE)
             growing.grow(PART + 1)
             result.made(NO_ROWS)
             wait_until(lambda: uploads_under_way(storage), seconds=20, what="an upload")
@@ -141,7 +150,7 @@ def test_a_part_that_does_not_go_through_costs_the_start_and_not_the_result(
     monkeypatch.setattr(Upload, "send", away)
     growing = Growing(tmp_path / "result.png")
     with Storing(storage, KEY, growing.path, PNG, on_bytes=lambda _: None) as result:
-        result.begins(NO_ROWS, 1, 1)
+        result.begins(NO_ROWS, *LARGE)
         growing.grow(PART + 1)
         result.made(NO_ROWS)
         growing.end()

@@ -304,6 +304,25 @@ def mark_published(session: Session, job_ids: Sequence[str], generation: str, no
     )
 
 
+def call_helpers(database: Database, broker: Broker, settings: Settings) -> int:
+    """Sends a message for every free shard that has none on its way. Returns how many. Raises BrokerUnavailable."""
+    with database.transaction() as session:
+        free = shards.due(
+            session,
+            max_tries=settings.max_attempts,
+            resend_after_seconds=settings.resend_after_seconds,
+            now=clock(session),
+        )
+    for position, shard in enumerate(free):
+        try:
+            broker.publish_job(JobMessage(shard.job_id, shard.queue), task=HELP_JOB)
+        except BrokerUnavailable:
+            with database.transaction() as session:
+                shards.not_sent(session, free[position:])
+            raise
+    return len(free)
+
+
 def relay_due(database: Database, broker: Broker, settings: Settings, *, stopping: Callable[[], bool]) -> int:
     """Sends the message of every queued, due job, free shard, due delivery and owed rendition that has none on its way.
     Returns how many.
@@ -338,20 +357,7 @@ def relay_due(database: Database, broker: Broker, settings: Settings, *, stoppin
         with database.transaction() as session:
             mark_published(session, [message.job_id for message in messages], generation, clock(session))
         sent += len(messages)
-    with database.transaction() as session:
-        free = shards.due(
-            session,
-            max_tries=settings.max_attempts,
-            resend_after_seconds=settings.resend_after_seconds,
-            now=clock(session),
-        )
-    for position, shard in enumerate(free):
-        try:
-            broker.publish_job(JobMessage(shard.job_id, shard.queue), task=HELP_JOB)
-        except BrokerUnavailable:
-            with database.transaction() as session:
-                shards.not_sent(session, free[position:])
-            raise
+    helpers = call_helpers(database, broker, settings)
     with database.transaction() as session:
         due = deliveries.due(session, resend_after_seconds=settings.resend_after_seconds, now=clock(session))
     # Marked first, other than jobs: a try that fails at once is due again in seconds, and a mark that came after it
@@ -372,4 +378,4 @@ def relay_due(database: Database, broker: Broker, settings: Settings, *, stoppin
             with database.transaction() as session:
                 renditions.not_sent(session, owed[position:])
             raise
-    return sent + len(free) + len(due) + len(owed)
+    return sent + helpers + len(due) + len(owed)

@@ -158,6 +158,24 @@ def progress(
     )
 
 
+def keep(session: Session, claim: ShardClaim, *, lease_seconds: float, now: datetime) -> None:
+    """Renews the lease of a shard that is made and on its way to storage, and counts it as done. One UPDATE, of no row
+    where it is not held any more: that shows when it is recorded."""
+    session.execute(
+        update(Shard)
+        .where(
+            *_tried_by(claim),
+            # Unlike `progress`: beside whoever calls this another thread may just have given it back.
+            Shard.lease_until.is_not(None),
+        )
+        .values(
+            lease_until=now + timedelta(seconds=lease_seconds),
+            tiles_done=Shard.tiles_total,
+            bands_done=len(claim.bands),
+        )
+    )
+
+
 def made(
     session: Session,
     claim: ShardClaim,
@@ -224,6 +242,16 @@ def of_job(session: Session, job_id: str) -> Sequence[Shard]:
     return session.scalars(
         select(Shard).where(Shard.job_id == job_id).order_by(Shard.position).execution_options(populate_existing=True)
     ).all()
+
+
+def keys_from(session: Session, job_id: str, position: int) -> Sequence[str]:
+    """Keys of the parts made from this position on, as far down as there is none missing."""
+    made = session.execute(
+        select(Shard.position, Shard.key)
+        .where(Shard.job_id == job_id, Shard.position >= position, Shard.finished_at.is_not(None))
+        .order_by(Shard.position)
+    ).all()
+    return [str(row.key) for expected, row in enumerate(made, position) if row.position == expected]
 
 
 def due(
@@ -374,18 +402,20 @@ def _choose(free: Sequence[int], worked_on: Set[int], below: int | None) -> int:
     return longest[len(longest) // 2 if longest[0] - 1 in worked_on else 0]
 
 
+def _tried_by(claim: ShardClaim) -> list[ColumnElement[bool]]:
+    """Its try is the newest, of a job that goes on."""
+    return [
+        Shard.job_id == claim.job_id,
+        Shard.position == claim.position,
+        Shard.number == claim.number,
+        Shard.finished_at.is_(None),
+        _is_live(claim.job_id),
+    ]
+
+
 def _write(session: Session, claim: ShardClaim, changes: Mapping[str, Any]) -> None:
     changed = session.execute(
-        update(Shard)
-        .where(
-            Shard.job_id == claim.job_id,
-            Shard.position == claim.position,
-            Shard.number == claim.number,
-            Shard.finished_at.is_(None),
-            _is_live(claim.job_id),
-        )
-        .values(**changes)
-        .returning(Shard.position)
+        update(Shard).where(*_tried_by(claim)).values(**changes).returning(Shard.position)
     ).one_or_none()
     if changed is None:
         raise StaleAttempt(

@@ -13,7 +13,7 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -278,12 +278,13 @@ class Storage:
     def join(
         self,
         key: str,
-        pieces: Sequence[bytes | str],
+        pieces: Iterable[bytes | str],
         content_type: str,
         *,
         on_bytes: Callable[[int], None] = lambda _: None,
     ) -> tuple[int, str]:
         """Stores one blob made of `pieces`, each given as bytes or as the key of a blob. Returns its size and SHA-256.
+        `pieces` may be an iterator that waits for the next.
 
         Large blobs are copied within storage; all are read, for the hash. `on_bytes` hears of each chunk read.
         """

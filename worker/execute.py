@@ -46,6 +46,7 @@ from shared.errors import (
 )
 from shared.jobs import Claim, JobResult
 from shared.models import Job
+from shared.outbox import Broker, call_helpers
 from shared.pictures import format_named
 from shared.settings import Settings
 from shared.shards import ShardClaim, Standing
@@ -60,7 +61,7 @@ from worker.decoding import Sandboxed
 from worker.enlarging import Engine, Enlarged, Onlooker, Progress, Wanted
 from worker.networks import own
 from worker.previews import Previews
-from worker.sharding import PartMaker, ShardTaken, Sharing
+from worker.sharding import Handover, PartMaker, ShardTaken, Sharing
 from worker.storing import Storing
 from worker.thumbnails import Thumbnails
 from worker.trace import Trace
@@ -392,6 +393,7 @@ class SharedLifeline(Lifeline):
     """Of an attempt at a job that many workers share: tells how far all have come, and holds the shard it works on."""
 
     _shard: ShardClaim | None = None
+    _stored: ShardClaim | None = None
     _mine = Progress(0, 0, 0, 0, None)
     _others = Standing(0, 0, 0, 0, 0, 0, None)
     _first: tuple[float, int] | None = None
@@ -407,6 +409,10 @@ class SharedLifeline(Lifeline):
         """From now on the lease of this shard is renewed with the job's. `others`: how far all others have come."""
         self._shard, self._mine = claim, Progress(0, 0, 0, 0, None)
         self._others = others or self._others
+
+    def stores(self, claim: ShardClaim | None) -> None:
+        """From now on the lease of this shard, which is made, is renewed too."""
+        self._stored = claim
 
     def progressed(self, progress: Progress) -> None:
         self._mine = progress
@@ -434,6 +440,8 @@ class SharedLifeline(Lifeline):
         if super()._tell(session, fraction, lease_seconds, announce=announce):
             return True
         now = clock(session)
+        if self._stored is not None:
+            shards.keep(session, self._stored, lease_seconds=lease_seconds, now=now)
         if self._shard is not None:
             try:
                 _renew(session, self._shard, self._mine, lease_seconds, now)
@@ -445,9 +453,12 @@ class SharedLifeline(Lifeline):
 
 
 class HelpersLifeline(Lifeline):
-    """Keeps a helper's shard alive, and nothing else of the job. A cancel reaches it as StaleAttempt."""
+    """Keeps a helper's shards alive, the one it makes and the one it stores, and nothing else of the job. A cancel
+    reaches it as StaleAttempt."""
 
-    shard: ShardClaim
+    shard: ShardClaim | None = None
+    """The one it makes."""
+    _stored: ShardClaim | None = None
 
     def works_on(self, claim: ShardClaim) -> None:
         """From now on, of a shard that has just been claimed. To be said before all else."""
@@ -455,8 +466,19 @@ class HelpersLifeline(Lifeline):
         self._written_at = self._monotonic()
         self._lease_ends = self._written_at + self._settings.lease_seconds
 
+    def stores(self, claim: ShardClaim | None) -> None:
+        """From now on the lease of this shard, which is made, is renewed too; nothing is being made until
+        `works_on`."""
+        self._stored = claim
+        if claim is not None:
+            self.shard = None
+
     def _tell(self, session: Session, fraction: float, lease_seconds: float, *, announce: bool) -> bool:  # noqa: ARG002
-        _renew(session, self.shard, self._last, lease_seconds, clock(session))
+        now = clock(session)
+        if self._stored is not None:
+            shards.keep(session, self._stored, lease_seconds=lease_seconds, now=now)
+        if self.shard is not None:
+            _renew(session, self.shard, self._last, lease_seconds, now)
         return False
 
 
@@ -501,11 +523,13 @@ class Executor:
         own_cards: Sequence[ModelCard] = (),
         ahead: Ahead | None = None,
         slots: Mapping[str, int] | None = None,
+        broker: Broker | None = None,
     ) -> None:
         """`engines` by the contract's word for their device: `cpu`, and `gpu` where there is one. `decoder`: theirs,
         closed with this. `own_cards`: models of its own that it offers to everybody. `ahead`: the engines' decoder too,
         where pictures are to be decoded ahead. `slots`: how many attempts may have a network at once, by the same
-        words; more than one only where that engine is batched. As the settings say where it is not given."""
+        words; more than one only where that engine is batched. As the settings say where it is not given. `broker`:
+        to call helpers at once; where there is none the relay does so in a second."""
         self.must_end = False
         """No further attempt may be made in this process: its device is broken, or it has been told to exit."""
         self.set_limit: Callable[[float], object] = lambda _seconds: None
@@ -514,6 +538,7 @@ class Executor:
         self._engines = engines
         self._decoder = decoder
         self._ahead = ahead
+        self._broker = broker
         self._traces = traces or Traces("", "images")
         self._stopping = threading.Event()
         # Of each attempt under way, with the moment when the process is to be killed for its sake.
@@ -591,7 +616,8 @@ class Executor:
         engines[kind].warm_up()
         sweep_scratch()
         traces = Traces(settings.traces_url, "images")
-        executor = cls(database, storage, settings, engines, facts, decoder, traces, own_cards, ahead)
+        broker = Broker(settings)
+        executor = cls(database, storage, settings, engines, facts, decoder, traces, own_cards, ahead, broker=broker)
         executor.presence.start()
         log.info(
             "worker.ready",
@@ -619,6 +645,8 @@ class Executor:
         self.presence.stop()
         if self._decoder is not None:
             self._decoder.close()
+        if self._broker is not None:
+            self._broker.close()
         self._traces.close()
         self._storage.close()
         self._database.close()
@@ -934,13 +962,18 @@ class Executor:
         lifeline.works_on(claim)
         # As for the whole job: a worker that is slower than the others may be making the last of it alone.
         with self._watched(lifeline, _limit_seconds(job), phases):
-            outcome = self._outcome_of(lambda: self._make_shards(job, device, lifeline), job, device)
-        self._give_shard_back(lifeline.shard, outcome)
+            outcome = self._outcome_of(lambda: self._make_shards(claim, job, device, lifeline), job, device)
+        self._give_shard_back(job.id, lifeline.shard, outcome)
         seconds = round(time.monotonic() - started, 3)
-        log.info("shard.ended", shard=lifeline.shard.position, outcome=type(outcome).__name__.lower(), seconds=seconds)
+        log.info(
+            "shard.ended",
+            shard=(lifeline.shard or claim).position,
+            outcome=type(outcome).__name__.lower(),
+            seconds=seconds,
+        )
         return outcome
 
-    def _make_shards(self, job: Job, device: str, lifeline: HelpersLifeline) -> Helped:
+    def _make_shards(self, claim: ShardClaim, job: Job, device: str, lifeline: HelpersLifeline) -> Helped:
         """From the stored input to the stored parts: the picture is fetched and decoded once. Raises whatever goes
         wrong with one of them."""
         with (
@@ -951,15 +984,19 @@ class Executor:
         ):
             assert job.split is not None, "a job that has shards is shared"
             making = self._engines[device].opened(source, wanted_of(job), lifeline, thumbnails, previews)
-            maker = PartMaker(self._storage, job.blob_prefix, folder, lifeline, making, thumbnails, job.split)
-            while True:
-                claim = lifeline.shard
-                sharding.record(self._database, lifeline, self._storage, claim, maker.make(claim))
-                following = self._next_to_help(claim, job)
-                if following is None:
-                    return Helped()
-                log.info("shard.claimed", shard=following.position, device=device, worker=self.presence.facts.id)
-                lifeline.works_on(following)
+            maker = PartMaker(self._storage, job.blob_prefix, folder, making, thumbnails, job.split)
+            with Handover(self._database, self._storage, lifeline, maker) as handover:
+                while True:
+                    handover.take(claim, maker.make(claim))
+                    following = self._next_to_help(claim, job)
+                    if following is None:
+                        handover.finish()
+                        if handover.stale is not None:
+                            raise handover.stale
+                        return Helped()
+                    claim = following
+                    log.info("shard.claimed", shard=claim.position, device=device, worker=self.presence.facts.id)
+                    lifeline.works_on(claim)
 
     def _next_to_help(self, made: ShardClaim, job: Job) -> ShardClaim | None:
         """Another shard of the job. None where there is none, or this process has something better to do."""
@@ -972,21 +1009,21 @@ class Executor:
         if claimed is None or claimed[1].split != job.split:
             # What holds for all shards has changed since the picture was opened: on other terms it is opened anew.
             if claimed is not None:
-                with contextlib.suppress(StaleAttempt, DatabaseUnavailable), self._database.transaction() as session:
-                    shards.give_back(session, claimed[0])
+                sharding.give_back(self._database, claimed[0])
             return None
         return claimed[0]
 
-    def _give_shard_back(self, claim: ShardClaim, outcome: Outcome) -> None:
-        """What a helper could not make is somebody else's; where the database cannot be told, once the lease passes."""
+    def _give_shard_back(self, job_id: str, claim: ShardClaim | None, outcome: Outcome) -> None:
+        """What a helper could not make is somebody else's; where the database cannot be told, once the lease passes.
+        `claim` is None where there was nothing left to make."""
         worker_id = self.presence.facts.id
         try:
             with self._database.transaction() as session:
-                workers.done_with(session, worker_id, claim.job_id, now=clock(session))
+                workers.done_with(session, worker_id, job_id, now=clock(session))
                 match outcome:
-                    case Retryable(error) | Fatal(error):
+                    case Retryable(error) | Fatal(error) if claim is not None:
                         shards.give_back(session, claim, error)
-                    case Released():
+                    case Released() if claim is not None:
                         shards.give_back(session, claim)
         except StaleAttempt as error:
             log.info("shard.superseded", detail=error.detail)
@@ -1083,7 +1120,14 @@ class Executor:
             if job.split is not None or len(sharding.runs_of(making, self._settings)) > 1:
                 making.begin()
                 sharing = Sharing(
-                    self._database, self._storage, self._settings, claim, job, self.presence.facts.id, lifeline
+                    self._database,
+                    self._storage,
+                    self._settings,
+                    claim,
+                    job,
+                    self.presence.facts.id,
+                    lifeline,
+                    self._call_helpers,
                 )
                 key = f"{job.blob_prefix}/result-{claim.attempt}{format.extension}"
                 made, sha256 = sharing.make(making, folder, thumbnails, key)
@@ -1092,6 +1136,18 @@ class Executor:
         # Of a large picture one copy is enough.
         del making
         return self._work(claim, job, queued_seconds, device, lifeline)
+
+    def _call_helpers(self) -> None:
+        """By a thread of its own: a network that waits for Redis would wait for as long as that is frozen."""
+        if (broker := self._broker) is not None:
+
+            def call() -> None:
+                try:
+                    call_helpers(self._database, broker, self._settings)
+                except Unavailable as error:
+                    log.info("shard.helpers_not_called", detail=error.detail)
+
+            threading.Thread(target=call, name="helpers", daemon=True).start()
 
     def _result_of(
         self, job: Job, device: str, made: Enlarged, key: str, sha256: str, timings: Mapping[str, float]

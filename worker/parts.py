@@ -91,6 +91,11 @@ def open_part(path: Path, layout: Layout) -> PartWriter:
     return _PngPart(path, layout) if layout.format == "png" else _TiffPart(path, layout)
 
 
+def front(layout: Layout, metadata: Metadata) -> bytes | None:
+    """What is to stand before the first part, where that is known before the last is made: of a PNG."""
+    return _around_png(layout, (), _template(layout, metadata))[0] if layout.format == "png" else None
+
+
 def joined(layout: Layout, parts: Sequence[Mapping[str, Any]], metadata: Metadata) -> tuple[bytes, bytes]:
     """What is to stand before the first part and behind the last. `parts`: the facts of each, from the top."""
     template = _template(layout, metadata)

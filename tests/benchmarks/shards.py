@@ -7,9 +7,10 @@ round, so that both kinds take turns in the same service. Seconds are from claim
 medians. `--shards` is what the service's settings would make of a picture of 32 million px; a smaller picture is cut
 as often, so that what is lost between shards weighs more here than there.
 
-    bare        two processes that do nothing but run the network, over one alone: what this machine can give
+    bare        two processes that do nothing but run the network, over pictures as wide, over one alone: what this
+                machine can give
     unsplit     one worker, the picture not shared: what sharing costs where nobody helps
-    one, two    workers, the picture shared; `speed_up` is one over two
+    one, two    workers, the picture shared; `speed_up` is one over two, `of_bare` that over `bare`
     network     seconds of each worker's network; `idle` what each had left of the time: it decoded, waited for the
                 last shards of others, stored and joined
 """
@@ -48,7 +49,7 @@ from worker.upscale import enlarge, prepare_process
 LONGEST_SECONDS = 3600.0
 LOOK_SECONDS = 0.5
 BARE_SECONDS = 4.0
-BARE_SIZE_PX = (448, 150)
+BARE_HEIGHT_PX = 150
 
 
 def main() -> None:
@@ -61,10 +62,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     parser.add_argument("--bare", type=float, help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    if asked.bare is not None:
-        print(_bare_here(asked.model, asked.bare))
-        return
     width, height = map(int, asked.size.split("x"))
+    if asked.bare is not None:
+        print(_bare_here(asked.model, asked.bare, width))
+        return
     measured = measure(
         width, height, pieces=asked.shards, rounds=asked.rounds, model=asked.model, unsplit=not asked.shared_only
     )
@@ -96,7 +97,7 @@ def measure(
             helper = _image_workers(database)[-1]
             _made(stack, database, _picture(64, 64), model, "png")
             for _ in range(rounds):
-                bare.append(_bare(model, 2) / _bare(model, 1))
+                bare.append(_bare(model, 2, width) / _bare(model, 1, width))
                 print(f"bare: {bare[-1]:.2f}", file=sys.stderr, flush=True)
                 _drain(database, helper, drained=True)
                 # A result in a form that cannot be joined is made as ever.
@@ -113,6 +114,7 @@ def measure(
         "model": model,
         "bare": round(median(bare), 3),
         "speed_up": round(seconds["one"] / seconds["two"], 3),
+        "of_bare": round(seconds["one"] / seconds["two"] / median(bare), 3),
         "speed_up_over_unsplit": round(seconds["unsplit"] / seconds["two"], 3) if unsplit else None,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "rounds": found,
@@ -193,9 +195,10 @@ def _by_worker(rows: Iterable[Shard], job: Job) -> list[dict[str, Any]]:
     ]
 
 
-def _bare(model: str, processes: int) -> float:
+def _bare(model: str, processes: int, width: int) -> float:
     """Input px a second of so many processes at once, each with one thread and nothing but the network."""
-    line = [sys.executable, "-m", "tests.benchmarks.shards", "--model", model, "--bare", str(BARE_SECONDS)]
+    line = [sys.executable, "-m", "tests.benchmarks.shards", "--model", model, "--size", f"{width}x{BARE_HEIGHT_PX}"]
+    line += ["--bare", str(BARE_SECONDS)]
     running = [
         subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(processes)
     ]
@@ -213,12 +216,11 @@ def _bare(model: str, processes: int) -> float:
     return sum(speeds)
 
 
-def _bare_here(model: str, seconds: float) -> float:
+def _bare_here(model: str, seconds: float, width: int) -> float:
     prepare_process(1)
     network = load(card(model), "cpu")
     network.warm_up()
-    width, height = BARE_SIZE_PX
-    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (BARE_HEIGHT_PX, width, 3), np.uint8)
     for _ in enlarge(network, image, network.scale):
         pass
     print("ready", flush=True)
@@ -227,7 +229,7 @@ def _bare_here(model: str, seconds: float) -> float:
     while time.perf_counter() - began < seconds:
         for _ in enlarge(network, image, network.scale):
             pass
-        done += width * height
+        done += width * BARE_HEIGHT_PX
     return done / (time.perf_counter() - began)
 
 

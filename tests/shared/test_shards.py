@@ -73,8 +73,11 @@ def test_a_job_is_shared_and_every_shard_is_taken_once(database: Database, now: 
         assert (standing.bands_done, standing.bands_total) == (1, 3)
         assert shards.standing(session, job.id, max_tries=3, now=now, without=first).tiles_done == 0
 
-        made(session, first, now)
+        # A key that has one missing above it is not to be joined yet.
         made(session, second, now)
+        assert [shards.keys_from(session, job.id, position) for position in (0, 1)] == [[], ["0001-1.part"]]
+        made(session, first, now)
+        assert shards.keys_from(session, job.id, 0) == ["0000-1.part", "0001-1.part"]
         assert stands(session, job.id, now).all_made
         assert [row.key for row in shards.of_job(session, job.id)] == ["0000-1.part", "0001-1.part"]
 
@@ -126,8 +129,21 @@ def test_a_late_worker_can_neither_finish_nor_touch_the_shard_of_its_successor(
         with database.transaction() as session, pytest.raises(StaleAttempt):
             write(session)
     with database.transaction() as session:
+        shards.keep(session, late, lease_seconds=90, now=now)
+        (row, *_) = shards.of_job(session, job.id)
+        assert (row.lease_until, row.tiles_done) == (now + LATER + timedelta(seconds=20), 0)
+        shards.keep(session, successor, lease_seconds=90, now=now)
+        (row, *_) = shards.of_job(session, job.id)
+        assert (row.lease_until, row.tiles_done) == (now + timedelta(seconds=90), row.tiles_total)
         made(session, successor, now)
         assert shards.of_job(session, job.id)[0].key == successor.part_name
+    with database.transaction() as session:
+        # What was given back is kept no more.
+        given_back = helps(session, job.id, now)
+        assert given_back is not None
+        shards.give_back(session, given_back)
+        shards.keep(session, given_back, lease_seconds=90, now=now)
+        assert shards.of_job(session, job.id)[given_back.position].lease_until is None
     # Made is made, also for the one that made it.
     with database.transaction() as session, pytest.raises(StaleAttempt):
         made(session, successor, now)

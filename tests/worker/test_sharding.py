@@ -6,9 +6,12 @@ attempt that holds the job is in the middle of a call.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import itertools
+import json
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import pyvips
+import redis
 import torch
 from PIL import Image
 
@@ -26,10 +30,12 @@ from shared.catalog import card
 from shared.db import Database, clock
 from shared.errors import BadOutput, DatabaseUnavailable, OutOfMemory, StorageUnavailable, WorkerLost
 from shared.models import BlobRemoval, Job, JobState, Shard
+from shared.outbox import HELP_JOB, Broker
 from shared.previews import strips_of, strips_prefix
 from shared.settings import Settings
 from shared.storage import Storage
 from shared.workers import WorkerFacts, enlist
+from tests.conftest import closed_port, wait_until
 from tests.factories import a_png
 from tests.worker import a_network
 from tests.worker.test_execute import Bench
@@ -360,6 +366,8 @@ def test_the_loss_of_the_worker_that_holds_the_job_costs_its_shard(bench: Shared
     def before(call: int) -> None:
         helped(call)
         if call == 14:
+            # It is on its way while the next is made.
+            wait_until(lambda: bench.shards(job_id)[0].finished_at, seconds=10, what="the first shard to be recorded")
             die()
 
     bench.before_call = before
@@ -448,38 +456,42 @@ def test_a_deletion_in_the_middle_removes_everything(bench: SharedBench) -> None
     assert bench.storage.keys(prefix) == []
 
 
-def test_a_late_helpers_part_does_not_stay(bench: SharedBench) -> None:
+@pytest.mark.parametrize("position", [0, 2], ids=["of the attempt that holds the job", "of a helper"])
+def test_a_part_that_comes_late_to_storage_does_not_stay(
+    bench: SharedBench, monkeypatch: pytest.MonkeyPatch, position: int
+) -> None:
     job_id = bench.hand_in()
+    real_put = bench.storage.put
+    taken: list[shards.ShardClaim | None] = []
 
-    def lose_within() -> None:
-        # The helper is slow: its lease passes, and another worker takes the shard and makes it.
-        def take() -> None:
+    def put(key: str, *others: Any, **named: Any) -> None:
+        if key.endswith(f"{position:04}-1.part"):
+            # While it is on its way its lease passes, and another worker takes the shard and is lost.
             with bench.database.transaction() as session:
-                session.get_one(Shard, (job_id, 2)).lease_until = session.get_one(Job, job_id).created_at
+                session.get_one(Shard, (job_id, position)).lease_until = session.get_one(Job, job_id).created_at
+                session.flush()
+                taken.append(
+                    shards.claim_to_help(
+                        session,
+                        job_id,
+                        worker_id="w3",
+                        max_tries=3,
+                        lease_seconds=0.0,
+                        now=clock(session),
+                        below=position - 1,
+                    )
+                )
+        real_put(key, *others, **named)
 
-        bench.at_call(5, take)
-        bench.helper.help(job_id)
-
-    bench.at_call(2, lose_within)
-    original = shards.made
-
-    def made_by_another(session: Any, claim: shards.ShardClaim, **named: Any) -> None:
-        if claim.position == 2 and claim.number == 1:
-            # Somebody else comes between the helper's last tile and its record.
-            taken = shards.claim_to_help(
-                session, job_id, worker_id="w3", max_tries=3, lease_seconds=0.1, now=clock(session), below=1
-            )
-            assert taken is not None
-            assert taken.position == 2
-        original(session, claim, **named)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "made", made_by_another)
-        assert isinstance(bench.executor.run(job_id), Succeeded)
-    bench.assert_right(job_id)
+    monkeypatch.setattr(bench.storage, "put", put)
+    bench.at_call(2, lambda: bench.helper.help(job_id))
+    assert isinstance(bench.executor.run(job_id), Succeeded)
+    assert [None if each is None else (each.position, each.number) for each in taken] == [(position, 2)]
     names = [key.rsplit("/", 1)[1] for key in bench.parts(job_id)]
-    assert "0002-1.part" not in names
+    assert f"{position:04}-3.part" in names
+    assert f"{position:04}-1.part" not in names
     assert len(names) == 8
+    bench.assert_right(job_id)
 
 
 def test_what_a_helper_fails_at_is_the_jobs_own_error(bench: SharedBench) -> None:
@@ -652,9 +664,10 @@ def test_a_database_that_is_away_for_a_moment_ends_no_shared_attempt(
     real, failing = bench.executor._database.transaction, [True, True]
 
     def sometimes(**named: Any) -> Any:
-        if failing and bench.executor._lifelines and bench.networks["cpu"].calls == 6:
-            failing.pop()
-            raise DatabaseUnavailable("away for a moment")
+        if bench.executor._lifelines and bench.networks["cpu"].calls == 6:
+            with contextlib.suppress(IndexError):
+                failing.pop()
+                raise DatabaseUnavailable("away for a moment")
         return real(**named)
 
     bench.networks.setdefault("cpu", a_network.Repeating(card("srgan"), "cpu"))
@@ -675,11 +688,106 @@ def test_storage_that_is_away_gives_the_shard_back_uncounted(
         raise StorageUnavailable("away")
 
     def help() -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(bench.helper._storage, "get", away)
-            outcomes.append(bench.helper.help(job_id))
+        # As it fetches the picture; then as it stores a part, while it makes the next.
+        for name in ("get", "put"):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(bench.helper._storage, name, away)
+                outcomes.append(bench.helper.help(job_id))
+            assert [row.tries_used for row in bench.shards(job_id)] == [1, 0, 0, 0]
+            assert [row.lease_until is None for row in bench.shards(job_id)] == [False, True, True, True]
 
+    bench.helper._storage = Storage(bench.settings)
     bench.at_call(1, help)
     assert isinstance(bench.executor.run(job_id), Succeeded)
-    assert [type(each) for each in outcomes] == [Released]
+    assert [type(each) for each in outcomes] == [Released, Released]
     bench.assert_right(job_id)
+
+    # The same of the attempt that holds the job.
+    job_id = bench.hand_in()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench.executor._storage, "put", away)
+        assert isinstance(bench.executor.run(job_id), Released)
+    assert [row.tries_used for row in bench.shards(job_id)] == [0] * 4
+    bench.make_due(job_id)
+    assert isinstance(bench.executor.run(job_id), Succeeded)
+    bench.assert_right(job_id)
+
+
+def test_a_part_is_stored_and_joined_while_the_next_is_made(
+    bench: SharedBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = bench.hand_in()
+    monkeypatch.setattr(execute, "BAND_SECONDS", 0.0)
+    real_put, real_stream = bench.storage.put, bench.storage.stream
+    may_go, joined = threading.Event(), threading.Event()
+
+    def put(key: str, *others: Any, **named: Any) -> None:
+        if key.endswith("0000-1.part"):
+            assert may_go.wait(10)
+        real_put(key, *others, **named)
+
+    def stream(key: str) -> Any:
+        joined.set()
+        return real_stream(key)
+
+    monkeypatch.setattr(bench.storage, "put", put)
+    monkeypatch.setattr(bench.storage, "stream", stream)
+
+    def look() -> None:
+        # In the middle of the second shard: both are leased, and the first counts as made where tiles are counted.
+        first, second, *_ = bench.shards(job_id)
+        assert (first.finished_at, second.finished_at) == (None, None)
+        assert first.lease_until is not None
+        assert second.lease_until is not None
+        assert first.tiles_done == first.tiles_total
+        may_go.set()
+        assert joined.wait(10)
+
+    bench.at_call(11, look)
+    assert isinstance(bench.executor.run(job_id), Succeeded)
+    assert joined.is_set()
+    bench.assert_right(job_id)
+
+
+@pytest.mark.parametrize("format", ["png", "tiff"])
+def test_storage_that_is_away_while_parts_are_joined_costs_no_attempt(bench: SharedBench, format: str) -> None:
+    job_id = bench.hand_in(format=format)
+    real, failing = bench.storage.begin, [True]
+
+    def begin(*given: Any) -> Any:
+        if format == "png" and failing:
+            failing.pop()
+            raise StorageUnavailable("away for a moment")
+        return real(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench.storage, "begin", begin)
+        assert isinstance(bench.executor.run(job_id), Succeeded)
+    assert failing == ([] if format == "png" else [True])
+    bench.assert_right(job_id)
+
+
+def test_helpers_are_called_as_soon_as_a_job_is_shared(
+    bench: SharedBench, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker = Broker(bench.settings.model_copy(update={"redis_url": redis_url}))
+    nobody = Broker(bench.settings.model_copy(update={"redis_url": f"redis://127.0.0.1:{closed_port()}/0"}))
+
+    def are_sent(job_id: str) -> bool:
+        return all(row.published_at is not None for row in bench.shards(job_id)[1:])
+
+    for each in (broker, nobody):
+        job_id = bench.hand_in()
+        monkeypatch.setattr(bench.executor, "_broker", each)
+        if each is broker:
+            bench.at_call(
+                1, lambda job_id=job_id: wait_until(lambda: are_sent(job_id), seconds=10, what="messages to be sent")
+            )
+        assert isinstance(bench.executor.run(job_id), Succeeded)
+        bench.assert_right(job_id)
+    with redis.Redis.from_url(redis_url) as client:
+        sent = [json.loads(message)["headers"]["task"] for message in client.lrange("cpu.interactive", 0, -1)]
+    assert len(sent) >= 3
+    assert set(sent) == {HELP_JOB}
+    broker.close()
+    nobody.close()

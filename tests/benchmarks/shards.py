@@ -47,7 +47,7 @@ from worker.networks import load
 from worker.upscale import enlarge, prepare_process
 
 LONGEST_SECONDS = 3600.0
-LOOK_SECONDS = 0.5
+LOOK_SECONDS = 0.25
 BARE_SECONDS = 4.0
 BARE_HEIGHT_PX = 150
 
@@ -174,19 +174,21 @@ def _by_worker(rows: Iterable[Shard], job: Job) -> list[dict[str, Any]]:
     assert job.finished_at is not None
     found: dict[str, dict[str, Any]] = {}
     for row in sorted(rows, key=lambda row: row.finished_at or job.finished_at):
-        if row.worker_id is None or row.started_at is None or row.finished_at is None:
-            raise RuntimeError(f"shard {row.position} of {job.id} was not seen made")
-        timings = (row.facts or {})["timings"]
+        if row.worker_id is None or row.started_at is None:
+            raise RuntimeError(f"shard {row.position} of {job.id} was not seen begun")
+        # The last may have gone with its job before anybody looked: what the network took is then not known.
+        ended_at = row.finished_at or job.finished_at
+        timings = (row.facts or {}).get("timings", {})
         mine = found.setdefault(
             row.worker_id, {"positions": [], "network": 0.0, "encode": 0.0, "compare": 0.0, "shards": 0.0}
         )
         mine["positions"].append(row.position)
-        mine["network"] += timings["upscale_seconds"]
-        mine["encode"] += timings["encode_seconds"]
-        mine["compare"] += timings["compare_seconds"]
-        mine["shards"] += (row.finished_at - row.started_at).total_seconds()
+        mine["network"] += timings.get("upscale_seconds", 0.0)
+        mine["encode"] += timings.get("encode_seconds", 0.0)
+        mine["compare"] += timings.get("compare_seconds", 0.0)
+        mine["shards"] += (ended_at - row.started_at).total_seconds()
         mine.setdefault("first", (row.started_at - job.started_at).total_seconds())
-        mine["last"] = (row.finished_at - job.started_at).total_seconds()
+        mine["last"] = (ended_at - job.started_at).total_seconds()
     whole = (job.finished_at - job.started_at).total_seconds()
     return [
         {name: round(value, 3) if isinstance(value, float) else value for name, value in each.items()}

@@ -48,7 +48,8 @@ from worker.upscale import enlarge, prepare_process
 
 LONGEST_SECONDS = 3600.0
 LOOK_SECONDS = 0.25
-BARE_SECONDS = 4.0
+BARE_SECONDS = 20.0
+"""As long as jobs take: a virtual machine may give two cores for some seconds and less of them for long."""
 BARE_HEIGHT_PX = 150
 
 

@@ -407,7 +407,7 @@ class Upload:
         self._where = {"Bucket": bucket, "Key": key, "UploadId": upload_id}
         self._etags: list[str] = []
 
-    def send(self, part: bytes) -> None:
+    def send(self, part: bytes | bytearray) -> None:
         """The next part: LEAST_PART_BYTES or more, unless it is the last."""
         with _translated(self._where["Key"]):
             answer = self._client.upload_part(**self._where, PartNumber=len(self._etags) + 1, Body=part)

@@ -29,12 +29,11 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from worker import codec
-from worker.codec import Metadata, Samples
+from worker.codec import MOST_STRIP_BYTES, Metadata, Samples
 
 FORMATS = ("png", "tiff")
 """Those that can be joined. JPEG, WebP and AVIF carry state, or the whole picture, from the first px to the last."""
 
-MOST_STRIP_BYTES = 1 << 20
 IDAT_BYTES = 1 << 20
 
 _WIDTH, _HEIGHT, _STRIP_OFFSETS, _ROWS_IN_STRIP, _STRIP_BYTE_COUNTS = 256, 257, 273, 278, 279

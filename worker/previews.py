@@ -72,30 +72,41 @@ class Previews:
         if self._y_px == 0 and self._left_over is None and len(rows) == self._height:
             # The whole result at once: it will be there before a preview of it is.
             return
-        # In pieces: Pillow's copy of a tall band would take more than the band.
-        step = max(1, PIECE_BYTES * len(rows) // max(1, rows.nbytes))
-        for top in range(0, len(rows), step):
-            self._reduce(rows[top : top + step])
+        dropped = min(self._passed_over, len(rows))
+        self._passed_over -= dropped
+        self._y_px += dropped
+        rows = rows[dropped:]
+        # In pieces, of whole px of the preview but for the rows that begin and end this band.
+        factor = self.factor
+        step = factor * max(1, PIECE_BYTES * len(rows) // max(1, factor * rows.nbytes))
+        top = 0
+        while top < len(rows):
+            bottom = top + step - (0 if self._left_over is None else len(self._left_over))
+            self._reduce(rows[top:bottom])
+            top = bottom
         if self._strips:
             self._waiting.put(self._store_strips)
 
     def _reduce(self, rows: Samples) -> None:
-        if self._passed_over:
-            dropped = min(self._passed_over, len(rows))
-            self._passed_over -= dropped
-            self._y_px += dropped
-            rows = rows[dropped:]
-        if self._left_over is not None:
-            rows = np.concatenate([self._left_over, rows])
-        factor = self.factor
-        is_last = self._y_px + len(rows) >= self._bottom_px
-        usable = len(rows) if is_last else len(rows) // factor * factor
-        self._left_over = rows[usable:].copy()
+        factor, held = self.factor, rows[:0] if self._left_over is None else self._left_over
+        ready = len(held) + len(rows)
+        is_last = self._y_px + ready >= self._bottom_px
+        usable = ready if is_last else ready // factor * factor
         if usable == 0:
+            self._left_over = np.concatenate([held, rows])
             return
-        small = _image(rows[:usable]).reduce(factor)
+        # Some columns after others: the rows of one px of the preview take megabytes of a large result, and as much
+        # again where they are put together and copied for Pillow.
+        width = rows.shape[1]
+        step = factor * max(1, PIECE_BYTES * width // (factor * ready * rows[0].nbytes))
+        parts = []
+        for left in range(0, width, step):
+            columns = np.s_[:, left : left + step]
+            parts.append(_image(np.concatenate([held[columns], rows[columns]])[:usable]).reduce(factor))
         with self._lock:
-            self._strips.append((self._y_px, small))
+            self._strips.append((self._y_px, _side_by_side(parts)))
+        # Of these rows alone: those held before them were less than a px.
+        self._left_over = rows[len(rows) - (ready - usable) :].copy()
         self._y_px += usable
 
     @property
@@ -164,6 +175,16 @@ class Previews:
         picture.save(file, format, **options)
         file.seek(0)
         self._storage.put(key, file, f"image/{format.lower()}")
+
+
+def _side_by_side(parts: list[Image.Image]) -> Image.Image:
+    """The parts, from the left, as one."""
+    whole = Image.new(parts[0].mode, (sum(part.width for part in parts), parts[0].height))
+    left = 0
+    for part in parts:
+        whole.paste(part, (left, 0))
+        left += part.width
+    return whole
 
 
 def _image(samples: Samples) -> Image.Image:

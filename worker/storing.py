@@ -108,20 +108,24 @@ class Storing:
             if is_over.is_set() or is_whole.wait(LOOK_SECONDS):
                 return
         with path.open("rb") as file:
-            part = b""
+            # One for all parts, filled as the file grows: bytes put together anew at each look are held twice.
+            part, filled = bytearray(MULTIPART_BYTES), 0
             while not is_over.is_set():
                 # In this order: what is written between the two looks is seen by the second.
                 was_whole = is_whole.is_set()
-                part += file.read(MULTIPART_BYTES - len(part))
-                if len(part) == MULTIPART_BYTES or (was_whole and part and self._upload is not None):
+                with memoryview(part) as view:
+                    filled += file.readinto(view[filled:])
+                if filled == MULTIPART_BYTES or (was_whole and filled and self._upload is not None):
+                    # Only the last is shorter.
+                    del part[filled:]
                     if self._upload is None:
                         self._upload = self._storage.begin(self._key, self._format.mime_type)
                     self._upload.send(part)
                     self._sha256.update(part)
                     if was_whole:
                         # Not before: while the network runs its own progress renews the lease, and nothing else may.
-                        self._on_bytes(len(part))
-                    part = b""
+                        self._on_bytes(filled)
+                    filled = 0
                 elif was_whole:
                     return
                 else:

@@ -1117,3 +1117,12 @@ def test_every_odd_sample_that_pillow_decodes_comes_out_right(samples: Path) -> 
             wrong.append(f"{row['file']}: its transparency is gone")
     assert wrong == [], "\n".join(wrong)
     assert compared >= 200, compared
+
+
+@pytest.mark.parametrize("width", [200, 30_000])
+def test_strips_of_a_wide_tiff_are_no_larger_than_pays(tmp_path: Path, width: int) -> None:
+    rows = np.zeros((130, width, 3), np.uint8)
+    with open_encoder(tmp_path / "result.tiff", "tiff", width, len(rows), channels=3) as encoder:
+        encoder.write(rows)
+    with Image.open(tmp_path / "result.tiff") as image:
+        assert image.tag_v2[278] == min(128, codec.MOST_STRIP_BYTES // (3 * width))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -797,3 +798,16 @@ def test_the_values_that_travel_cannot_be_changed(small: Network) -> None:
         band.y_px = 3  # type: ignore[misc]
     assert isinstance(plan_work(small, 5, 5, 4), Work)
     assert isinstance(plan_work(small, 5, 5, 4).plans[0], Plan)
+
+
+@pytest.mark.parametrize("rows", [1, 2_000])
+def test_a_large_band_has_pages_of_its_own_that_go_with_it(rows: int) -> None:
+    pixels = upscale_module._rows_of_own((rows, 1_000, 3), np.dtype(np.uint8))
+    pixels[:] = 7
+    owner: object = pixels
+    while isinstance(owner, np.ndarray) and owner.base is not None:
+        owner = owner.base
+    owner = owner.obj if isinstance(owner, memoryview) else owner
+    assert isinstance(owner, mmap.mmap) == (pixels.nbytes >= upscale_module.OWN_PAGES_BYTES)
+    assert pixels.shape == (rows, 1_000, 3)
+    assert int(pixels.min()) == int(pixels.max()) == 7

@@ -13,13 +13,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 ENV_PREFIX = "ENLARGER_"
 
 
-class Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore", validate_default=True)
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="ignore")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003  (pydantic-settings gives all five)
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # Settings made in code are what the code says; only `load` looks at the environment.
+        return (init_settings,)
 
     # Where things are.
     data_dir: Path = Field(Path(".enlarger"), description="Folder of the embedded stack: SQL file, blobs, logs, keys.")
@@ -178,23 +191,15 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
 
     Raises pydantic.ValidationError naming each setting that is wrong, OSError where a named file cannot be read.
     """
-    given = {name.upper(): value for name, value in environ.items()}
-    values: dict[str, Any] = {}
-    for name, declared in Settings.model_fields.items():
+    given = dict(environ)
+    for name in Settings.model_fields:
         variable = ENV_PREFIX + name.upper()
         path = given.get(f"{variable}_FILE")
-        value = Path(path).read_text().strip() if path else given.get(variable)
-        if value is not None:
-            values[name] = _from_json(value) if get_origin(declared.annotation) is tuple else value
-    return Settings(**values)
-
-
-def _from_json(value: str) -> Any:
-    try:
-        return json.loads(value)
-    except ValueError:
-        # As it is: what is wrong with it is said where its setting is named.
-        return value
+        if path:
+            given[variable] = Path(path).read_text().strip()
+    source = EnvSettingsSource(Settings)
+    source.env_vars = {name.lower(): value for name, value in given.items()}
+    return Settings(**source())
 
 
 def table() -> str:

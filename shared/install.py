@@ -54,6 +54,8 @@ def main(argv: list[str]) -> int:
             python = find_python()
             os.execv(python, [python, "-I", __file__, *argv])
         install(sorted(set(arguments.extras)), only_dependencies=arguments.only_dependencies)
+        if not arguments.only_dependencies:
+            compile_sources()
     except SetupFailed as failure:
         print(f"\nSet-up failed: {failure}", file=sys.stderr)
         return 1
@@ -92,8 +94,6 @@ def install(extras: list[str], *, only_dependencies: bool = False) -> None:
     if unfit:
         make_venv(unfit)
     elif stamp.exists() and set(extras) <= set(stamp.read_text().split()):
-        if not only_dependencies:
-            compile_sources()
         return
 
     pins = pyproject["tool"]["enlarger"]
@@ -116,7 +116,6 @@ def install(extras: list[str], *, only_dependencies: bool = False) -> None:
         for old in VENV.glob(".installed-*"):
             old.unlink()
         stamp.write_text("".join(f"{extra}\n" for extra in sorted({*already, *extras})))
-        compile_sources()
 
 
 def read_pyproject() -> dict[str, Any]:

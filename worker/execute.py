@@ -389,11 +389,37 @@ class Lifeline:
         return is_canceling
 
 
-class SharedLifeline(Lifeline):
+class _ShardsLifeline(Lifeline):
+    """Of an attempt, or a helper's, that makes a job in shards: keeps the one it makes, and the one it stores."""
+
+    shard: ShardClaim | None = None
+    """The one it makes."""
+    _stored: ShardClaim | None = None
+
+    def stores(self, claim: ShardClaim | None) -> None:
+        """From now on the lease of this shard, which is made, is renewed too."""
+        self._stored = claim
+
+    def _renew(self, session: Session, progress: Progress, lease_seconds: float, now: datetime) -> None:
+        """`progress`: with the one it makes. Raises StaleAttempt where that is somebody else's."""
+        if self._stored is not None:
+            shards.keep(session, self._stored, lease_seconds=lease_seconds, now=now)
+        if self.shard is not None:
+            shards.progress(
+                session,
+                self.shard,
+                tiles_done=progress.tiles_done,
+                # Before its first tile the shard knows better.
+                tiles_total=progress.tiles_total or sum(len(band) for band in self.shard.bands),
+                bands_done=progress.bands_done,
+                lease_seconds=lease_seconds,
+                now=now,
+            )
+
+
+class SharedLifeline(_ShardsLifeline):
     """Of an attempt at a job that many workers share: tells how far all have come, and holds the shard it works on."""
 
-    _shard: ShardClaim | None = None
-    _stored: ShardClaim | None = None
     _mine = Progress(0, 0, 0, 0, None)
     _others = Standing(0, 0, 0, 0, 0, 0, None)
     _first: tuple[float, int] | None = None
@@ -407,12 +433,8 @@ class SharedLifeline(Lifeline):
 
     def works_on(self, claim: ShardClaim | None, others: Standing | None = None) -> None:
         """From now on the lease of this shard is renewed with the job's. `others`: how far all others have come."""
-        self._shard, self._mine = claim, Progress(0, 0, 0, 0, None)
+        self.shard, self._mine = claim, Progress(0, 0, 0, 0, None)
         self._others = others or self._others
-
-    def stores(self, claim: ShardClaim | None) -> None:
-        """From now on the lease of this shard, which is made, is renewed too."""
-        self._stored = claim
 
     def progressed(self, progress: Progress) -> None:
         self._mine = progress
@@ -433,32 +455,25 @@ class SharedLifeline(Lifeline):
         rate = (done - at_first) / (now - since) if now > since else 0.0
         left_seconds = (total - done) / rate if rate else self._mine.eta_seconds
         bands_done = max(self._last.bands_done, others.bands_done + mine.bands_done)
-        bands_total = others.bands_total + (len(self._shard.bands) if self._shard else 0)
+        bands_total = others.bands_total + (len(self.shard.bands) if self.shard else 0)
         return Progress(done, max(done, total), bands_done, bands_total, left_seconds)
 
     def _tell(self, session: Session, fraction: float, lease_seconds: float, *, announce: bool) -> bool:
         if super()._tell(session, fraction, lease_seconds, announce=announce):
             return True
         now = clock(session)
-        if self._stored is not None:
-            shards.keep(session, self._stored, lease_seconds=lease_seconds, now=now)
-        if self._shard is not None:
-            try:
-                _renew(session, self._shard, self._mine, lease_seconds, now)
-            except StaleAttempt as error:
-                raise ShardTaken(error.detail) from error
+        try:
+            self._renew(session, self._mine, lease_seconds, now)
+        except StaleAttempt as error:
+            raise ShardTaken(error.detail) from error
         max_tries = self._settings.max_attempts
-        self._others = shards.standing(session, self._claim.job_id, max_tries=max_tries, now=now, without=self._shard)
+        self._others = shards.standing(session, self._claim.job_id, max_tries=max_tries, now=now, without=self.shard)
         return False
 
 
-class HelpersLifeline(Lifeline):
+class HelpersLifeline(_ShardsLifeline):
     """Keeps a helper's shards alive, the one it makes and the one it stores, and nothing else of the job. A cancel
     reaches it as StaleAttempt."""
-
-    shard: ShardClaim | None = None
-    """The one it makes."""
-    _stored: ShardClaim | None = None
 
     def works_on(self, claim: ShardClaim) -> None:
         """From now on, of a shard that has just been claimed. To be said before all else."""
@@ -467,32 +482,14 @@ class HelpersLifeline(Lifeline):
         self._lease_ends = self._written_at + self._settings.lease_seconds
 
     def stores(self, claim: ShardClaim | None) -> None:
-        """From now on the lease of this shard, which is made, is renewed too; nothing is being made until
-        `works_on`."""
-        self._stored = claim
+        """As of every attempt; nothing is being made until `works_on`."""
+        super().stores(claim)
         if claim is not None:
             self.shard = None
 
     def _tell(self, session: Session, fraction: float, lease_seconds: float, *, announce: bool) -> bool:  # noqa: ARG002
-        now = clock(session)
-        if self._stored is not None:
-            shards.keep(session, self._stored, lease_seconds=lease_seconds, now=now)
-        if self.shard is not None:
-            _renew(session, self.shard, self._last, lease_seconds, now)
+        self._renew(session, self._last, lease_seconds, clock(session))
         return False
-
-
-def _renew(session: Session, shard: ShardClaim, progress: Progress, lease_seconds: float, now: datetime) -> None:
-    shards.progress(
-        session,
-        shard,
-        tiles_done=progress.tiles_done,
-        # Before its first tile the shard knows better.
-        tiles_total=progress.tiles_total or sum(len(band) for band in shard.bands),
-        bands_done=progress.bands_done,
-        lease_seconds=lease_seconds,
-        now=now,
-    )
 
 
 LifelineT = TypeVar("LifelineT", bound=Lifeline)

@@ -279,6 +279,7 @@ class Handover:
         self.stale: StaleAttempt | None = None
         """Why the last part was not recorded, where another worker has its shard or the job has ended."""
         self._under_way: _Beside[None] | None = None
+        self._expected_seconds = 0.0
 
     def take(self, claim: ShardClaim, written: WrittenPart) -> None:
         """The next part; waits for the one before. Where it raises, this one has not been taken."""

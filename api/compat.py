@@ -25,13 +25,14 @@ from itsdangerous import BadSignature, URLSafeTimedSerializer
 from pydantic import BaseModel, ConfigDict, Field
 from werkzeug.datastructures import FileStorage
 
-from api import asked, events, openapi, uploads, v1
+from api import asked, events, openapi, uploads
 from api.auth import Caller
 from api.context import Context
 from api.idempotency import Reservation
 from api.openapi import Handler, operation
 from api.schemas import JobSettings
 from api.uploads import Source
+from api.v1 import submit
 from shared import catalog, jobs, pictures, queries
 from shared.catalog import ModelCard
 from shared.db import clock
@@ -128,7 +129,7 @@ def _created(context: Context, caller: Caller, card: ModelCard, wanted: Predicti
     options, picture, left_out = _read_input(card, wanted.input)
     settings = asked.checked(JobSettings, options)
     with _source(context, caller, picture) as source:
-        view = v1.accept(context, caller, settings, source, Reservation(None))
+        view = submit.accept(context, caller, settings, source, Reservation(None))
     seconds = _wait_seconds(context)
     give_back = context.seats.take() if seconds else None
     if give_back is not None:

@@ -10,6 +10,7 @@ from flask.testing import FlaskClient
 
 from api import limits
 from api.context import THREADS_KEPT_FREE, Seats
+from api.schemas import KeyView
 from shared import keys
 from shared.db import Database
 from shared.models import ApiKey, PageSession
@@ -52,6 +53,11 @@ def test_admin_includes_jobs_and_jobs_does_not_include_admin(api: Api) -> None:
     refused = plain.get("/metrics")
     assert (refused.status_code, refused.json["code"], refused.json["scope"]) == (403, "forbidden", "admin")
     assert plain.get("/v1/key").json["scopes"] == ["jobs"]
+
+
+def test_the_key_tells_what_it_is(caller: Caller) -> None:
+    view = KeyView.model_validate(caller.get("/v1/key").json)
+    assert (view.id, view.name, view.scopes) == (caller.key_id, "tester", ["jobs"])
 
 
 def test_a_keys_own_view_names_its_webhook_secret_and_not_itself(api: Api, caller: Caller) -> None:

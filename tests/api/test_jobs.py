@@ -1,26 +1,19 @@
-"""Looking at jobs, waiting for them, changing them, fetching what they came to."""
+"""Looking at jobs, waiting for them, changing them."""
 
 from __future__ import annotations
 
 import threading
 import time
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import Any
-
-import httpx
-import pytest
 
 from api.schemas import JobView
 from shared import jobs
 from shared.db import Database
 from shared.errors import InvalidImage
-from shared.models import Job
 from shared.settings import Settings
 from shared.storage import Storage
 from tests.api.conftest import Api, Caller, running
-from tests.factories import a_png
-
-RESULT = b"an enlarged picture, as far as the API can tell"
 
 
 def fail(session: Any, claim: jobs.Claim, now: datetime) -> None:
@@ -214,64 +207,3 @@ def test_delete_leaves_neither_row_nor_blob(api_on_both: Api) -> None:
         assert caller.get(f"/v1/jobs/{job_id}").status_code == 404
         assert caller.delete(f"/v1/jobs/{job_id}").status_code == 404
     assert api_on_both.context.storage.keys() == []
-
-
-def test_the_result_is_a_link_that_works_and_names_the_file(api: Api, caller: Caller) -> None:
-    job_id = caller.job(name="bird.png", scale="2")
-    unfinished = caller.get(f"/v1/jobs/{job_id}/result")
-    assert (unfinished.status_code, unfinished.json["code"]) == (409, "job-not-finished")
-    api.succeed(job_id, RESULT)
-    answer = caller.get(f"/v1/jobs/{job_id}/result")
-    assert answer.status_code == 302
-    fetched = httpx.get(answer.headers["Location"])
-    assert (fetched.status_code, fetched.content) == (200, RESULT)
-    assert fetched.headers["content-type"] == "image/png"
-    assert 'attachment; filename="bird-srgan-x2.png"' in fetched.headers["content-disposition"]
-
-
-def test_the_input_comes_back_as_an_attachment(api: Api, caller: Caller) -> None:
-    picture = a_png(13, 4)
-    job_id = caller.job(picture=picture, name="katze ä.png")
-    fetched = httpx.get(caller.get(f"/v1/jobs/{job_id}/input").headers["Location"])
-    assert fetched.content == picture
-    assert fetched.headers["content-disposition"].startswith("attachment;")
-
-
-def test_pictures_are_streamed_where_clients_cannot_reach_storage(
-    settings: Settings, sqlite_database: Database, storage: Storage, redis_url: str
-) -> None:
-    with running(settings.model_copy(update={"result_delivery": "stream"})) as api:
-        caller = api.caller()
-        job_id = caller.job()
-        api.succeed(job_id, RESULT)
-        answer = caller.get(f"/v1/jobs/{job_id}/result")
-        assert (answer.status_code, answer.data, answer.mimetype) == (200, RESULT, "image/png")
-        assert answer.headers["Content-Length"] == str(len(RESULT))
-        assert answer.headers["Content-Disposition"].startswith("attachment;")
-        with sqlite_database.reading() as session:
-            storage.remove(session.get_one(Job, job_id).blob_prefix)
-        assert caller.get(f"/v1/jobs/{job_id}/result").status_code == 410
-
-
-def test_a_job_that_ended_without_a_picture_says_so(api: Api, caller: Caller) -> None:
-    job_id = caller.job()
-    api.work(job_id, fail)
-    answer = caller.get(f"/v1/jobs/{job_id}/result")
-    assert (answer.status_code, answer.json["code"]) == (409, "job-has-no-result")
-
-
-def test_swept_pictures_are_gone(api: Api, caller: Caller) -> None:
-    job_id = caller.job(ttl_seconds="1")
-    api.succeed(job_id, RESULT)
-    with api.database.transaction() as session:
-        assert jobs.sweep_expired(session, now=datetime.now(UTC) + timedelta(seconds=2)) == [job_id]
-    for what in ("result", "input"):
-        answer = caller.get(f"/v1/jobs/{job_id}/{what}")
-        assert (answer.status_code, answer.json["code"]) == (410, "gone")
-    assert caller.get(f"/v1/jobs/{job_id}").json["status"] == "succeeded"
-
-
-@pytest.mark.parametrize("path", ["/v1/jobs/x/result", "/v1/nothing", "/nothing"])
-def test_every_unknown_address_is_a_problem(caller: Caller, path: str) -> None:
-    answer = caller.get(path)
-    assert (answer.status_code, answer.mimetype, answer.json["code"]) == (404, "application/problem+json", "not-found")

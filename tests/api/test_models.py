@@ -1,4 +1,4 @@
-"""Models of one's own, `auto`, previews and reports, as a customer meets them."""
+"""Models, those of one's own too, `auto`, previews and reports, as a customer meets them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from io import BytesIO
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import insert, select
 
-from api.schemas import JobView, ModelView, ReportView
+from api.schemas import JobView, ModelPage, ModelView, ReportView
 from shared import catalog, jobs, own_models, workers
 from shared.catalog import OwnFile
 from shared.db import Database, new_id
@@ -157,6 +157,54 @@ def test_every_card_says_where_it_comes_from_and_under_what_licence(api: Api, ca
     assert (view.sha256 is None) == (card.weights is None)
     assert view.scale in view.scales
     assert view.on_gpu.startswith("Unmeasured")
+
+
+# --- where they are loaded, and jobs go -------------------------------------------------------------------------------
+
+
+def a_worker(api: Api, *, device: str, models: list[str], seen_seconds_ago: float = 0.0) -> None:
+    now = datetime.now(UTC)
+    with api.database.transaction() as session:
+        session.execute(
+            insert(Worker).values(
+                id=f"images-{device}-{seen_seconds_ago}",
+                kind="images",
+                host="here",
+                pid=1,
+                device=device,
+                queues=[f"{device}.interactive", f"{device}.bulk"],
+                models_loaded=models,
+                started_at=now,
+                seen_at=now - timedelta(seconds=seen_seconds_ago),
+            )
+        )
+
+
+def test_models_tell_their_cards_and_where_they_are_loaded(api: Api, caller: Caller) -> None:
+    a_worker(api, device="gpu", models=["srgan"])
+    a_worker(api, device="cpu", models=["srgan"], seen_seconds_ago=3600)
+    page = ModelPage.model_validate(caller.get("/v1/models").json)
+    assert [model.name for model in page.data] == [card.name for card in catalog.CARDS]
+    loaded = {model.name: model.loaded_on for model in page.data}
+    assert loaded["srgan"] == ["gpu"]
+    assert loaded["srresnet"] == []
+    one = caller.get("/v1/models/srgan").json
+    assert (one["is_default"], len(one["sha256"]), one["scale"]) == (True, 64, 4)
+    missing = caller.get("/v1/models/dalle")
+    assert (missing.status_code, missing.json["code"]) == (404, "not-found")
+
+
+def test_auto_jobs_go_where_a_gpu_is_alive(api: Api, caller: Caller) -> None:
+    def queue_of(**fields: str) -> str:
+        with api.database.reading() as session:
+            return session.get_one(Job, caller.job(**fields)).queue
+
+    assert queue_of() == "cpu.interactive"
+    a_worker(api, device="gpu", models=[], seen_seconds_ago=3600)
+    assert queue_of() == "cpu.interactive"
+    a_worker(api, device="gpu", models=[])
+    assert queue_of(priority="bulk") == "gpu.bulk"
+    assert queue_of(device="cpu") == "cpu.interactive"
 
 
 # --- auto -----------------------------------------------------------------------------------------------------------

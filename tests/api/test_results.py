@@ -1,25 +1,29 @@
-"""What is shown of a job beside its result: thumbnail, preview, other formats, tiles. And its picture, taken again."""
+"""What a job came to: result and input, other formats, tiles, the preview. And its picture, taken again."""
 
 from __future__ import annotations
 
-import gzip
 import io
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
+import httpx
 import numpy as np
 from PIL import Image
 
 from api.schemas import PreviewView, RenditionView
 from shared import jobs, renditions
-from shared.db import clock
+from shared.db import Database, clock
 from shared.models import Job
-from tests.api.conftest import Api, Caller
+from shared.settings import Settings
+from shared.storage import Storage
+from tests.api.conftest import Api, Caller, running
+from tests.api.test_jobs import fail
 from tests.factories import a_png
 from worker.previews import Previews
 from worker.renditions import make
 from worker.thumbnails import Thumbnails
 
 LARGE = (1300, 700)
+RESULT = b"an enlarged picture, as far as the API can tell"
 
 
 def a_result(size: tuple[int, int] = LARGE) -> bytes:
@@ -53,6 +57,61 @@ def swept(api: Api, job_id: str) -> None:
         job.expires_at = clock(session) - timedelta(seconds=1)
         session.flush()
         assert jobs.sweep_expired(session, now=clock(session)) == [job_id]
+
+
+def test_the_result_is_a_link_that_works_and_names_the_file(api: Api, caller: Caller) -> None:
+    job_id = caller.job(name="bird.png", scale="2")
+    unfinished = caller.get(f"/v1/jobs/{job_id}/result")
+    assert (unfinished.status_code, unfinished.json["code"]) == (409, "job-not-finished")
+    api.succeed(job_id, RESULT)
+    answer = caller.get(f"/v1/jobs/{job_id}/result")
+    assert answer.status_code == 302
+    fetched = httpx.get(answer.headers["Location"])
+    assert (fetched.status_code, fetched.content) == (200, RESULT)
+    assert fetched.headers["content-type"] == "image/png"
+    assert 'attachment; filename="bird-srgan-x2.png"' in fetched.headers["content-disposition"]
+
+
+def test_the_input_comes_back_as_an_attachment(api: Api, caller: Caller) -> None:
+    picture = a_png(13, 4)
+    job_id = caller.job(picture=picture, name="katze ä.png")
+    fetched = httpx.get(caller.get(f"/v1/jobs/{job_id}/input").headers["Location"])
+    assert fetched.content == picture
+    assert fetched.headers["content-disposition"].startswith("attachment;")
+
+
+def test_pictures_are_streamed_where_clients_cannot_reach_storage(
+    settings: Settings, sqlite_database: Database, storage: Storage, redis_url: str
+) -> None:
+    with running(settings.model_copy(update={"result_delivery": "stream"})) as api:
+        caller = api.caller()
+        job_id = caller.job()
+        api.succeed(job_id, RESULT)
+        answer = caller.get(f"/v1/jobs/{job_id}/result")
+        assert (answer.status_code, answer.data, answer.mimetype) == (200, RESULT, "image/png")
+        assert answer.headers["Content-Length"] == str(len(RESULT))
+        assert answer.headers["Content-Disposition"].startswith("attachment;")
+        with sqlite_database.reading() as session:
+            storage.remove(session.get_one(Job, job_id).blob_prefix)
+        assert caller.get(f"/v1/jobs/{job_id}/result").status_code == 410
+
+
+def test_a_job_that_ended_without_a_picture_says_so(api: Api, caller: Caller) -> None:
+    job_id = caller.job()
+    api.work(job_id, fail)
+    answer = caller.get(f"/v1/jobs/{job_id}/result")
+    assert (answer.status_code, answer.json["code"]) == (409, "job-has-no-result")
+
+
+def test_swept_pictures_are_gone(api: Api, caller: Caller) -> None:
+    job_id = caller.job(ttl_seconds="1")
+    api.succeed(job_id, RESULT)
+    with api.database.transaction() as session:
+        assert jobs.sweep_expired(session, now=datetime.now(UTC) + timedelta(seconds=2)) == [job_id]
+    for what in ("result", "input"):
+        answer = caller.get(f"/v1/jobs/{job_id}/{what}")
+        assert (answer.status_code, answer.json["code"]) == (410, "gone")
+    assert caller.get(f"/v1/jobs/{job_id}").json["status"] == "succeeded"
 
 
 def test_a_result_is_had_in_another_format(api_on_both: Api) -> None:
@@ -174,19 +233,3 @@ def test_a_picture_is_taken_again_without_being_sent_again(api_on_both: Api) -> 
     assert api_on_both.caller().post("/v1/jobs", json={"input_of": second["id"]}).status_code == 404
     both = caller.post("/v1/jobs", json={"input_of": second["id"], "upload_id": "upl_1"})
     assert both.json["code"] == "invalid-request"
-
-
-def test_scripts_and_style_sheets_come_compressed_and_nothing_else_does(api: Api) -> None:
-    caller = api.caller()
-    script = "/static/openseadragon/openseadragon.min.js"
-    plain = caller.get(script)
-    packed = caller.get(script, headers={"Accept-Encoding": "gzip, br"})
-    assert "Content-Encoding" not in plain.headers
-    assert packed.headers["Content-Encoding"] == "gzip"
-    assert "Accept-Encoding" in packed.headers["Vary"]
-    assert gzip.decompress(packed.data) == plain.data
-    assert len(packed.data) * 3 < len(plain.data)
-    assert caller.get(script, headers={"If-None-Match": packed.headers["ETag"]}).status_code == 304
-    for other in ("/static/favicon.svg", "/openapi.json"):
-        answer = caller.get(other, headers={"Accept-Encoding": "gzip"})
-        assert "Content-Encoding" not in answer.headers, other

@@ -301,12 +301,11 @@ class Executor:
         with self._watched(lifeline, _limit_seconds(job), phases):
             outcome = self._outcome_of(lambda: self._make_shards(claimed, lifeline), job, device)
         self._recording.give_shard_back(job.id, lifeline.shard, outcome)
-        seconds = round(time.monotonic() - started, 3)
         log.info(
             "shard.ended",
             shard=(lifeline.shard or claim).position,
             outcome=outcomes.name_of(outcome),
-            seconds=seconds,
+            seconds=round(time.monotonic() - started, 3),
         )
         return outcome
 

@@ -1,6 +1,6 @@
 """What an attempt came to, and which errors come to what.
 
-Deciding is all that is done here: `worker.execute` writes outcomes down.
+Deciding is all that is done here: `worker.recording` writes outcomes down.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 from sqlalchemy.orm import Session
@@ -36,8 +36,9 @@ from shared.storage import Storage
 from shared.telemetry import log
 from worker import parts
 from worker.codec import Samples
-from worker.enlarging import Engine, Enlarged, MadePart, Making, NotTrue, Watch
+from worker.enlarging import Engine, Enlarged, MadePart, Making, NotTrue
 from worker.fidelity import Sums
+from worker.lifeline import STORE_BYTES_PER_SECOND, ShardsLifeline, ShardTaken, SharedLifeline
 from worker.thumbnails import Thumbnails
 from worker.tiling import Band, Region, Tile
 from worker.upscale import Repairs, Work
@@ -54,39 +55,8 @@ LEAST_REACHES = 2
 """A shard in strips is at least so many times as high as its network sees. That is computed twice where a worker does
 not go on from the shard above, which is seldom: once for each that helps, and a few times near the end."""
 
-STORE_BYTES_PER_SECOND = 1_000_000
-"""As in `worker.execute`: a slow line to object storage."""
-
 SAMPLED = ".npy"
 """Beside each part lies what it adds to the thumbnail of the result, under the part's key with this behind it."""
-
-
-class ShardTaken(Exception):
-    """Another worker has the shard that this one was working on: its lease had passed."""
-
-
-class Lifeline(Watch, Protocol):
-    """What keeps the attempt, or the help, alive: `worker.execute` has both."""
-
-    @property
-    def is_alive(self) -> bool: ...
-
-    def sent(self, _bytes: int) -> None: ...
-
-    def raise_if_stale(self) -> None: ...
-
-    def stores(self, claim: ShardClaim | None) -> None:
-        """From now on the lease of this shard, which is made and on its way to storage, is renewed too."""
-
-
-class SharedLifeline(Lifeline, Protocol):
-    """Of the attempt that holds the job."""
-
-    def works_on(self, claim: ShardClaim | None, others: Standing | None = None) -> None:
-        """From now on the lease of this shard is renewed with the job's. `others`: how far all others have come."""
-
-    def waits(self, standing: Standing) -> None:
-        """There is nothing to do but wait for others. Raises what ends the attempt."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +214,7 @@ class _Beside(Generic[T]):
     def _tell(self, bytes: int) -> None:
         self._bytes += bytes
 
-    def result(self, lifeline: Lifeline) -> T:
+    def result(self, lifeline: ShardsLifeline) -> T:
         """Waits for it; as long as bytes go, the lease is renewed. Raises what `act` has raised."""
         told = self._bytes
         while not wait([self._future], LOOK_SECONDS).done:
@@ -270,7 +240,7 @@ class Handover:
         self,
         database: Database,
         storage: Storage,
-        lifeline: Lifeline,
+        lifeline: ShardsLifeline,
         maker: PartMaker,
         on_recorded: Callable[[], None] = lambda: None,
     ) -> None:
@@ -390,7 +360,7 @@ class _Joining:
             self._has_news = True
             self._turn.notify_all()
 
-    def finish(self, tail: bytes, lifeline: Lifeline) -> tuple[int, str]:
+    def finish(self, tail: bytes, lifeline: ShardsLifeline) -> tuple[int, str]:
         """All parts are made, and `tail` stands behind the last: size and SHA-256 of the result. Raises
         StorageUnavailable or DatabaseUnavailable, also where that was away a while ago."""
         with self._turn:
@@ -608,7 +578,7 @@ class Sharing:
         return _written(self._database, self._lifeline, act)
 
 
-def _written(database: Database, lifeline: Lifeline, act: Callable[[Session, datetime], T]) -> T:
+def _written(database: Database, lifeline: ShardsLifeline, act: Callable[[Session, datetime], T]) -> T:
     """What `act` answers, in a transaction. A database that is away is waited for as long as the lease lasts."""
     while True:
         try:

@@ -43,7 +43,7 @@ from tests.benchmarks import claims
 from tests.benchmarks.claims import fill
 from tests.factories import a_png
 from worker.enlarging import Engine, Wanted
-from worker.execute import PROGRESS_SECONDS
+from worker.lifeline import PROGRESS_SECONDS
 
 BEAT_STATEMENTS, BEAT_SECONDS = 3, 10.0
 """Of a worker's row: the clock, the look and the UPDATE of each beat."""

@@ -38,12 +38,13 @@ from shared.workers import WorkerFacts, enlist
 from tests.conftest import closed_port, wait_until
 from tests.factories import a_png
 from tests.worker import a_network
-from tests.worker.test_execute import Bench
-from worker import chores, execute, parts, previews, sharding
+from tests.worker.a_bench import Bench
+from worker import chores, claiming, lifeline, parts, previews, sharding
 from worker.codec import Samples
 from worker.enlarging import Engine, Making, Unwatched, Wanted
-from worker.execute import Canceled, Executor, Fatal, Helped, Released, Retryable, Succeeded, Superseded
+from worker.execute import Executor
 from worker.fidelity import Sums
+from worker.outcomes import Canceled, Fatal, Helped, Released, Retryable, Succeeded, Superseded
 from worker.tiling import plan
 from worker.upscale import Work
 
@@ -350,7 +351,7 @@ def test_the_loss_of_the_worker_that_holds_the_job_costs_its_shard(bench: Shared
 
     def die() -> None:
         # As after SIGKILL: nothing is written any more.
-        bench.executor._database = _Gone()  # type: ignore[assignment]
+        bench.executor._recording._database = _Gone()  # type: ignore[assignment]
         raise SystemExit(1)
 
     def help_once() -> None:
@@ -360,7 +361,6 @@ def test_the_loss_of_the_worker_that_holds_the_job_costs_its_shard(bench: Shared
 
     # In the middle of its second shard; the helper has made one, the third from the top.
     bench.at_call(4, help_once)
-    executor_database = bench.executor._database
     helped = bench.before_call
 
     def before(call: int) -> None:
@@ -371,9 +371,8 @@ def test_the_loss_of_the_worker_that_holds_the_job_costs_its_shard(bench: Shared
             die()
 
     bench.before_call = before
-    bench.executor._settings = bench.settings.model_copy(update={"lease_seconds": 0.5})
+    bench.executor._recording._settings = bench.settings.model_copy(update={"lease_seconds": 0.5})
     bench.executor.run(job_id)
-    bench.executor._database = executor_database
     assert [shard.finished_at is not None for shard in bench.shards(job_id)] == [True, False, True, False]
 
     bench.lose(job_id)
@@ -622,7 +621,7 @@ def test_a_helper_stops_where_the_shards_are_to_be_made_on_other_terms(bench: Sh
 
 
 def test_a_drained_worker_does_not_help(bench: SharedBench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(execute, "HELD_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(claiming, "HELD_LOOK_SECONDS", 0.01)
     job_id = bench.hand_in()
     bench.change(lambda session: workers.drain(session, bench.helper_id, now=clock(session)))
     bench.helper.ask_to_stop()
@@ -633,9 +632,10 @@ def test_a_drained_worker_does_not_help(bench: SharedBench, monkeypatch: pytest.
 
 
 def test_a_worker_that_lacks_the_model_does_not_help(bench: SharedBench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(execute, "HELD_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(claiming, "HELD_LOOK_SECONDS", 0.01)
     job_id = bench.hand_in()
-    bench.helper.presence.facts = replace(bench.helper.presence.facts, models=("lanczos",))
+    claims = bench.helper._claiming
+    claims._facts = replace(claims._facts, models=("lanczos",))
     given_back: list[int] = []
 
     def help() -> None:
@@ -653,7 +653,7 @@ def test_nobody_helps_a_job_of_another_device_or_without_a_database(bench: Share
     job_id = bench.hand_in(queue="gpu.bulk")
     assert bench.helper.help(job_id) is None
     assert bench.helper.help("job_none") is None
-    bench.helper._database = _Gone()  # type: ignore[assignment]
+    bench.helper._claiming._database = _Gone()  # type: ignore[assignment]
     assert bench.helper.help(job_id) is None
 
 
@@ -717,7 +717,7 @@ def test_a_part_is_stored_and_joined_while_the_next_is_made(
     bench: SharedBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job_id = bench.hand_in()
-    monkeypatch.setattr(execute, "BAND_SECONDS", 0.0)
+    monkeypatch.setattr(lifeline, "BAND_SECONDS", 0.0)
     real_put, real_stream = bench.storage.put, bench.storage.stream
     may_go, joined = threading.Event(), threading.Event()
 

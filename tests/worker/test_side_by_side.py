@@ -21,10 +21,10 @@ from shared.models import Job, JobState
 from shared.settings import Settings
 from shared.storage import Storage
 from tests.conftest import wait_until
+from tests.worker.a_bench import Bench
 from tests.worker.test_batching import Gate, Noting, holding, one_thread  # noqa: F401  (a fixture for all of these)
-from tests.worker.test_execute import Bench
 from tests.worker.test_upscale import not_a_number, picture
-from worker import enlarging, execute
+from worker import enlarging, lifeline
 from worker.enlarging import Engine
 from worker.execute import Executor
 
@@ -174,7 +174,7 @@ def test_a_worker_shows_one_of_its_jobs_as_long_as_there_is_one(beside: Beside) 
 
 @SMALL_TILES
 def test_a_cancel_of_one_of_three_harms_no_other(beside: Beside, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(execute, "PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(lifeline, "PROGRESS_SECONDS", 0.0)
     made = [beside.hand_in(number) for number in range(3)]
 
     def cancel() -> None:
@@ -256,7 +256,7 @@ def test_a_device_that_breaks_ends_all_and_only_who_may_have_broken_it_loses_an_
 
 @SMALL_TILES
 def test_a_process_that_stops_gives_all_of_them_back(beside: Beside, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(execute, "FINISH_RATHER_THAN_RELEASE_SECONDS", -1.0)
+    monkeypatch.setattr(lifeline, "FINISH_RATHER_THAN_RELEASE_SECONDS", -1.0)
     made = [beside.hand_in(number) for number in range(3)]
     with beside.when(15, beside.executor.ask_to_stop):
         beside.one_by_one(*made)
@@ -270,7 +270,7 @@ def test_a_process_that_stops_gives_all_of_them_back(beside: Beside, monkeypatch
 def test_a_process_that_ends_without_notice_gives_back_what_has_the_network(
     beside: Beside, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(execute, "FINISH_RATHER_THAN_RELEASE_SECONDS", -1.0)
+    monkeypatch.setattr(lifeline, "FINISH_RATHER_THAN_RELEASE_SECONDS", -1.0)
     made = [beside.hand_in(number) for number in range(2)]
     beside.one_by_one(*made)
     holding(beside.batcher, 9)

@@ -30,6 +30,12 @@ from worker.upscale import Descent, Repairs, enlarge, plan_work
 HALF_A_LEVEL = 0.5 / 255
 
 
+@pytest.fixture(autouse=True)
+def _as_with_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Strips are as high as a test says, whatever machine it runs on.
+    monkeypatch.setattr(networks, "STRIP_THREADS", 1)
+
+
 def with_contrast(module: Architecture, gain: float) -> Architecture:
     torch.manual_seed(1)
     for layer in module.modules():

@@ -42,15 +42,17 @@ Where a card has no weights the bytes are none."""
 PROBE_PX = 64
 """Side of the square that is timed to learn a device's speed: some 0.1 s on two cores."""
 
-STRIP_PX = 24_576
-"""Input px of a strip, about: in fewer, threads wait for each other; more do not fit in the processor's cache."""
+STRIP_PX = 12_288
+"""Input px of a strip for each of the threads, about: in fewer, they wait for each other."""
+STRIP_THREADS = 2
+"""For no more than so many: a larger strip does not fit in the processor's cache."""
 STRIP_COLUMNS = 2048
 """Columns of a strip at most. A wider picture is cut into parts with halos between them, lest the memory of a strip
 grow with the width: a twenty-fifth more work for a halo of 40 px. Very wide ones are cut narrower (`Network.columns`).
 """
 LATER_STRIP_PX = STRIP_PX // 4
-"""Of the graphs behind the first, which work on more values for each px of the input. Where a strip is not wide it may
-have twice as many: that is quicker, and memory is no question there."""
+"""The same of the graphs behind the first, which work on more values for each px of the input. Where a strip is not
+wide it may have twice as many: that is quicker, and memory is no question there."""
 POOL_KEPT_BYTES = 100_000_000
 """Memory that is kept for the next picture: enough for small ones, of which fresh pages would be a part of the work."""
 WINOGRAD_ROWS = 6
@@ -261,6 +263,7 @@ class Network:
         px = STRIP_PX
         if each is not self._strips[0]:
             px = LATER_STRIP_PX * (2 if width <= STRIP_COLUMNS // 2 else 1)
+        px *= min(self._strips_threads, STRIP_THREADS)
         return max(step, px // width // step * step)
 
     def __call__(self, tile: Tensor, *, keep: Keep | None = None, half: bool = False) -> Tensor:

@@ -16,7 +16,7 @@ import functools
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,12 +27,25 @@ STRIP_BYTES = 2**20
 """Of rows that are converted at a time."""
 _RIFF_BYTES = 12
 _ICC, _EXIF, _XMP = 0x20, 0x08, 0x04
-_OUT_OF_MEMORY = (1, 2)
-"""VP8_ENC_ERROR_OUT_OF_MEMORY and VP8_ENC_ERROR_BITSTREAM_OUT_OF_MEMORY."""
+_OUT_OF_MEMORY, _TOO_DETAILED = (1, 2), 6
+"""VP8_ENC_ERROR_OUT_OF_MEMORY and VP8_ENC_ERROR_BITSTREAM_OUT_OF_MEMORY; VP8_ENC_ERROR_PARTITION0_OVERFLOW."""
+_WAYS: tuple[dict[str, int], ...] = (
+    {},
+    {"method": 3, "partition_limit": 100, "segments": 1, "low_memory": 1},
+    {"segments": 1},
+)
+"""What is tried, one after the other, where VP8's first partition does not hold how each block of 16 x 16 px is
+predicted: it has 512 kB (RFC 6386, section 9.1), 4 bits a block at WebP's limit. libvips' settings, the first, came to
+3.4 to 6.7 bits; the second, which predict no 4 x 4 px apart, to 3.4 to 4.8 in files of the same size. The third are for
+the largest: what they take for 4 x 4 px is less the larger the picture is, and their files are a third larger."""
 
 
 class EncodingFailed(Exception):
     """libwebp gave up, by a number of its own (`WebPEncodingError` in its header)."""
+
+
+class TooDetailed(EncodingFailed):
+    """How the picture's blocks are predicted does not fit where VP8 has it; another try would come to the same."""
 
 
 class Sink:
@@ -56,7 +69,6 @@ class Sink:
         rows = max(2, min(STRIP_BYTES // (3 * width), height + 1) // 2 * 2)
         self._strip = np.empty((rows, width, 3), np.uint8)
         self._rows_in_strip = self._rows_converted = 0
-        self._skipped_bytes = 0
         self._error: BaseException | None = None
 
     def take(self, rows: npt.NDArray[Any]) -> None:
@@ -119,15 +131,36 @@ class Sink:
 
     def _encode(self, file: BinaryIO) -> None:
         """The chunk `VP8 `, with its header."""
+        start = file.tell()
+        for settings in _WAYS:
+            # libwebp finds out when it has written its headers.
+            file.seek(start)
+            file.truncate()
+            error = self._tried(file, settings)
+            if error != _TOO_DETAILED:
+                break
+        if error == _TOO_DETAILED:
+            raise TooDetailed
+        if error in _OUT_OF_MEMORY:
+            raise MemoryError
+        if error:
+            raise EncodingFailed(f"libwebp's error {error}")
+
+    def _tried(self, file: BinaryIO, settings: Mapping[str, int]) -> int:
+        """libwebp's error, or 0. Raises what writing has raised."""
         ffi, lib = self._ffi, self._lib
         config = ffi.new("WebPConfig *")
         lib.WebPConfigPreset(config, lib.WEBP_PRESET_DEFAULT, self._quality)
-        config.method = EFFORT
+        seen = _seen(_Config, ffi, config)
+        for name, value in {"method": EFFORT, **settings}.items():
+            setattr(seen, name, value)
+        skipped_bytes = 0
 
         def put(data: Any, size: int, _picture: Any) -> int:
+            nonlocal skipped_bytes
             # A file of libwebp's own, which begins as ours has.
-            skipped = min(_RIFF_BYTES - self._skipped_bytes, size)
-            self._skipped_bytes += skipped
+            skipped = min(_RIFF_BYTES - skipped_bytes, size)
+            skipped_bytes += skipped
             file.write(memoryview(ffi.buffer(data, size))[skipped:])
             return 1
 
@@ -139,16 +172,14 @@ class Sink:
         kept = {"error": 0, "onerror": self._keep}
         writer = ffi.callback("int(uint8_t *, size_t, WebPPicture *)", put, **kept)
         progress = ffi.callback("int(int, WebPPicture *)", goes_on, **kept)
-        seen = _seen(ffi, self._picture)
+        picture = _seen(_Picture, ffi, self._picture)
         self._picture.writer = writer
-        seen.progress_hook = int(ffi.cast("uintptr_t", progress))
+        picture.progress_hook = int(ffi.cast("uintptr_t", progress))
         if lib.WebPEncode(config, self._picture):
-            return
+            return 0
         if self._error is not None:
             raise self._error
-        if seen.error_code in _OUT_OF_MEMORY:
-            raise MemoryError
-        raise EncodingFailed(f"libwebp's error {seen.error_code}")
+        return int(picture.error_code)
 
     def _keep(self, _kind: type[BaseException], error: BaseException, _trace: object) -> None:
         self._error = error
@@ -175,6 +206,9 @@ def _chunk(name: bytes, data: bytes) -> bytes:
 def is_available() -> bool:
     """Whether a libwebp is there that we know how to feed. Says so once in the log where it is not."""
     return _libwebp() is not None
+
+
+_StructureT = TypeVar("_StructureT", bound=ctypes.Structure)
 
 
 class _Picture(ctypes.Structure):
@@ -214,6 +248,42 @@ class _Picture(ctypes.Structure):
     )
 
 
+class _Config(ctypes.Structure):
+    """WebPConfig of the same header. The package knows those up to `pass`."""
+
+    _fields_ = (
+        ("lossless", ctypes.c_int),
+        ("quality", ctypes.c_float),
+        ("method", ctypes.c_int),
+        ("image_hint", ctypes.c_int),
+        ("target_size", ctypes.c_int),
+        ("target_PSNR", ctypes.c_float),
+        ("segments", ctypes.c_int),
+        ("sns_strength", ctypes.c_int),
+        ("filter_strength", ctypes.c_int),
+        ("filter_sharpness", ctypes.c_int),
+        ("filter_type", ctypes.c_int),
+        ("autofilter", ctypes.c_int),
+        ("alpha_compression", ctypes.c_int),
+        ("alpha_filtering", ctypes.c_int),
+        ("alpha_quality", ctypes.c_int),
+        ("pass", ctypes.c_int),
+        ("show_compressed", ctypes.c_int),
+        ("preprocessing", ctypes.c_int),
+        ("partitions", ctypes.c_int),
+        ("partition_limit", ctypes.c_int),
+        ("emulate_jpeg_size", ctypes.c_int),
+        ("thread_level", ctypes.c_int),
+        ("low_memory", ctypes.c_int),
+        ("near_lossless", ctypes.c_int),
+        ("exact", ctypes.c_int),
+        ("use_delta_palette", ctypes.c_int),
+        ("use_sharp_yuv", ctypes.c_int),
+        ("qmin", ctypes.c_int),
+        ("qmax", ctypes.c_int),
+    )
+
+
 @functools.cache
 def _libwebp() -> tuple[Any, Any] | None:
     """The package's `ffi` and `lib`. Loaded here, since the processes that only read pictures need neither."""
@@ -222,11 +292,13 @@ def _libwebp() -> tuple[Any, Any] | None:
     except (ImportError, OSError) as error:
         _tell(f"{error}")
         return None
-    known = {name: field.offset for name, field in ffi.typeof("WebPPicture").fields}
-    ours = {name: getattr(_Picture, name).offset for name in known if hasattr(_Picture, name)}
-    if known != ours or ffi.sizeof("WebPPicture") != ctypes.sizeof(_Picture):
-        _tell("the package's libwebp has another kind of picture")
-        return None
+    for name, ours in (("WebPPicture", _Picture), ("WebPConfig", _Config)):
+        known = {field: found.offset for field, found in ffi.typeof(name).fields}
+        if ffi.sizeof(name) != ctypes.sizeof(ours) or any(
+            getattr(getattr(ours, field, None), "offset", None) != offset for field, offset in known.items()
+        ):
+            _tell(f"the package's libwebp has another {name}")
+            return None
     return ffi, lib
 
 
@@ -237,13 +309,13 @@ def _tell(detail: str) -> None:
     log.warning("webp.held_whole", detail=f"Lossy WebP is written by libvips, which holds the picture: {detail}")
 
 
-def _seen(ffi: Any, picture: Any) -> _Picture:
-    return _Picture.from_address(int(ffi.cast("uintptr_t", picture)))
+def _seen(kind: type[_StructureT], ffi: Any, pointer: Any) -> _StructureT:
+    return kind.from_address(int(ffi.cast("uintptr_t", pointer)))
 
 
 def _planes(ffi: Any, picture: Any) -> tuple[npt.NDArray[np.uint8], ...]:
     """Views of a picture's Y, U and V, of its rows and columns without what pads them; until it is freed."""
-    seen = _seen(ffi, picture)
+    seen = _seen(_Picture, ffi, picture)
     half_width, half_height = (seen.width + 1) // 2, (seen.height + 1) // 2
     return tuple(
         np.frombuffer(ffi.buffer(ffi.cast("uint8_t *", address), stride * height), np.uint8).reshape(height, stride)[

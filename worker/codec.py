@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Literal, Self
+from typing import Any, BinaryIO, Literal, Protocol, Self
 from xml.sax.saxutils import escape
 
 import numpy as np
@@ -30,7 +30,14 @@ import numpy.typing as npt
 import pyvips
 from PIL import ExifTags, Image, ImageCms, TiffImagePlugin
 
-from shared.errors import DiskFull, InternalError, InvalidImage, OutOfMemory, TooManyPixels
+from shared.errors import (
+    DiskFull,
+    FormatCannotHoldDetail,
+    InternalError,
+    InvalidImage,
+    OutOfMemory,
+    TooManyPixels,
+)
 from shared.pictures import (
     ORIENTATION_TAG,
     PictureFacts,
@@ -40,6 +47,7 @@ from shared.pictures import (
     pillow_raises,
     refusing_what_pillow_refuses,
 )
+from worker import webp
 
 Samples = npt.NDArray[Any]
 """uint8 or uint16, full range."""
@@ -758,12 +766,13 @@ def check_memory(
     """Raises OutOfMemory, lest the process be killed, where an Encoder would hold more than there is: libwebp and
     libaom take the whole picture. All else is written row by row.
 
-    Bytes a pixel as measured of made photographs of 16 to 268 megapixels. Transparency that is noise takes up to 36 in
-    lossy WebP; no picture has that.
+    Bytes a pixel as measured of made photographs of 16 to 268 megapixels; of lossy WebP without transparency that is
+    2.0 at quality 95 and up to 2.6 at 100. Noise takes up to 4.8 there, and 36 as transparency; no picture has that.
     """
     match format:
         case "webp":
-            per_px = 17.0 if lossless else 14.0 if has_alpha else 5.2
+            is_fed = _is_fed_to_libwebp(format, has_alpha=has_alpha, lossless=lossless)
+            per_px = 17.0 if lossless else 14.0 if has_alpha else 2.6 if is_fed else 5.9
         case "avif":
             per_px = 35.0
         case _:
@@ -799,11 +808,9 @@ LIBVIPS_ROWS = 16
 class Encoder:
     """Writes one picture file band by band. A context manager: leaving it by an exception leaves no file.
 
-    Rows go through a pipe, as an uncompressed PNG stream, to libvips on a thread of its own, which encodes what it has
-    while the next band is made and reads no faster than it encodes. So memory is bounded by a pipe and a few rows for
-    PNG, JPEG and TIFF; WebP and AVIF look at the whole picture at once, and libvips then holds it, once (at most
-    268 megapixels by their limits). An uncompressed PNG because it is the one stream every kind of our rows fits in
-    and libvips reads from a pipe; it costs a checksum. The file appears under its name when it is complete.
+    Memory is bounded by a few rows for PNG, JPEG and TIFF. WebP and AVIF look at the whole picture at once: lossy WebP
+    without transparency at its YUV, which is filled as rows come (`worker.webp`), and of all else of theirs libvips
+    holds the rows, once (at most 268 megapixels by their limits). The file appears under its name when it is complete.
     """
 
     def __init__(
@@ -831,33 +838,25 @@ class Encoder:
             raise ValueError(f"{format} is never lossless")
         self.path = path
         self.format = format
-        self._width, self._height, self._channels, self._bits = width, height, channels, bits
+        self._width, self._height, self._channels = width, height, channels
         self._dtype: np.dtype[Any] = np.dtype(np.uint8 if bits == 8 else np.uint16)
         self._rows_written = 0
         self._partial = partial_path(path)
-        self._error: pyvips.Error | OSError | None = None
-        self._is_saved = False
-        self._stored = zlib.compressobj(level=0)
-        hold_few_rows()
-        options = _save_options(format, quality, lossless, width * channels * (bits // 8), height)
-        read_end, self._write_end = os.pipe()
-        if hasattr(fcntl, "F_SETPIPE_SZ"):
-            # 64 kB, the default, is less than one row of a large picture: fewer, longer turns between the threads.
-            fcntl.fcntl(self._write_end, fcntl.F_SETPIPE_SZ, 2**20)
-        # A daemon: an Encoder that was neither closed nor aborted must not keep the process from ending.
-        self._thread = threading.Thread(
-            target=self._save, args=(read_end, options, metadata), name=f"encode-{format}", daemon=True
-        )
-        self._thread.start()
-        kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
-        header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0))
-        self._send(PNG_SIGNATURE, header)
+        self._is_open = True
+        with self._failures():
+            self._sink: _Sink
+            if _is_fed_to_libwebp(format, has_alpha=channels in (2, 4), lossless=lossless):
+                beside = _webp_chunks(width, height, metadata)
+                self._sink = webp.Sink(self._partial, width, height, quality=quality, chunks=beside)
+            else:
+                options = _save_options(format, quality, lossless, width * channels * (bits // 8), height)
+                self._sink = _Pipe(self._partial, format, width, height, channels, bits, options, metadata)
 
     def write(self, rows: Samples) -> None:
         """Take the next rows: (h, width, channels), or (h, width) for one channel; uint8 or uint16 as `bits` says.
 
         Blocks while the encoder is busy. Raises ValueError for rows that do not fit, InternalError where encoding
-        has failed (a full disk, say); the picture is lost then.
+        has failed and DiskFull where there was no room; the picture is lost then.
         """
         if rows.ndim == 2:
             rows = rows[..., None]
@@ -867,40 +866,34 @@ class Encoder:
             )
         if self._rows_written + len(rows) > self._height:
             raise ValueError(f"{self._rows_written + len(rows)} rows are more than the picture's {self._height}")
+        if not self._is_open:
+            raise ValueError("the encoder is closed")
         self._rows_written += len(rows)
-        row_bytes = self._width * self._channels * self._dtype.itemsize
-        # Pieces of about a megabyte, so that a tall band is not held a second and third time.
-        step = max(1, 2**20 // row_bytes)
-        for top in range(0, len(rows), step):
-            piece = rows[top : top + step]
-            # PNG: samples of 16 bits have their high byte first, and each row starts with its filter, 0 for none.
-            stored = np.zeros((len(piece), 1 + row_bytes), np.uint8)
-            big_endian = piece.astype(piece.dtype.newbyteorder(">"), order="C", copy=False)
-            stored[:, 1:] = big_endian.reshape(len(piece), -1).view(np.uint8)
-            self._send(png_chunk(b"IDAT", self._stored.compress(stored.data)))
+        with self._failures():
+            self._sink.take(rows)
 
     def close(self) -> int:
         """Finish the file and return its size in bytes. Raises ValueError where rows are missing, DiskFull where
-        there was no room for it, InternalError where encoding has failed; there is no file then."""
+        there was no room for it, FormatCannotHoldDetail, InternalError where encoding has failed; there is no file
+        then."""
         if self._rows_written != self._height:
             self.abort()
             raise ValueError(f"{self._rows_written} of {self._height} rows were written")
+        self._is_open = False
         try:
-            self._send(png_chunk(b"IDAT", self._stored.flush()), png_chunk(b"IEND", b""))
-        except (InternalError, DiskFull):
-            self.abort()
-            raise
-        self._hang_up()
-        if not self._is_saved:
+            with self._failures():
+                self._sink.finish()
+        except BaseException:
             self._partial.unlink(missing_ok=True)
-            raise self._failure()
+            raise
         self._partial.replace(self.path)
         return self.path.stat().st_size
 
     def abort(self) -> None:
         """Give up: no file remains, nor a thread. Harmless where already closed."""
-        if self._write_end >= 0:
-            self._hang_up()
+        if self._is_open:
+            self._is_open = False
+            self._sink.drop()
             self._partial.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
@@ -911,34 +904,114 @@ class Encoder:
     ) -> None:
         if kind is not None:
             self.abort()
-        elif self._write_end >= 0:
+        elif self._is_open:
             self.close()
 
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        """What libraries and the system raise becomes an error of ours."""
+        try:
+            yield
+        except webp.TooDetailed as error:
+            raise FormatCannotHoldDetail(self.format, self._width, self._height) from error
+        except (pyvips.Error, webp.EncodingFailed, OSError) as error:
+            # libvips says in words what the system has told it.
+            if any(os.strerror(number) in str(error) for number in DiskFull.ERRNOS):
+                raise DiskFull from error
+            raise InternalError(
+                f"The result could not be encoded as {self.format.upper()}.", format=self.format
+            ) from error
+
+
+class _Sink(Protocol):
+    """Where the rows of an Encoder go. They fit and none is missing; that is the Encoder's to see to.
+
+    All but `drop` raise pyvips.Error, webp.EncodingFailed and OSError.
+    """
+
+    def take(self, rows: Samples) -> None:
+        """The next rows, (h, width, channels)."""
+
+    def finish(self) -> None:
+        """All of them are in: write what is left of the file. Nothing is held afterwards, also where it fails."""
+
+    def drop(self) -> None:
+        """There will be no more: let go of everything. What is written of the file is somebody else's to remove."""
+
+
+class _Pipe:
+    """A Sink that feeds libvips: rows go through a pipe, as an uncompressed PNG stream, to a thread of its own, which
+    encodes what it has while the next band is made and reads no faster than it encodes.
+
+    An uncompressed PNG because it is the one stream every kind of our rows fits in and libvips reads from a pipe; it
+    costs a checksum.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        format: str,
+        width: int,
+        height: int,
+        channels: int,
+        bits: int,
+        options: tuple[str, dict[str, Any]],
+        metadata: Metadata,
+    ) -> None:
+        """`path` is written to as rows come. `options`: libvips' operation and its settings."""
+        self._path, self._format, self._is_gray = path, format, channels <= 2
+        self._error: pyvips.Error | OSError | None = None
+        self._is_saved = False
+        self._stored = zlib.compressobj(level=0)
+        hold_few_rows()
+        read_end, self._write_end = os.pipe()
+        if hasattr(fcntl, "F_SETPIPE_SZ"):
+            # 64 kB, the default, is less than one row of a large picture: fewer, longer turns between the threads.
+            fcntl.fcntl(self._write_end, fcntl.F_SETPIPE_SZ, 2**20)
+        # A daemon: an Encoder that was neither closed nor aborted must not keep the process from ending.
+        self._thread = threading.Thread(
+            target=self._save, args=(read_end, options, metadata), name=f"encode-{format}", daemon=True
+        )
+        self._thread.start()
+        kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+        # The pipe is empty and takes it, whatever has become of the thread.
+        os.write(
+            self._write_end,
+            PNG_SIGNATURE + png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)),
+        )
+
+    def take(self, rows: Samples) -> None:
+        row_bytes = rows[:1].nbytes
+        # Pieces of about a megabyte, so that a tall band is not held a second and third time.
+        step = max(1, 2**20 // max(1, row_bytes))
+        for top in range(0, len(rows), step):
+            piece = rows[top : top + step]
+            # PNG: samples of 16 bits have their high byte first, and each row starts with its filter, 0 for none.
+            stored = np.zeros((len(piece), 1 + row_bytes), np.uint8)
+            big_endian = piece.astype(piece.dtype.newbyteorder(">"), order="C", copy=False)
+            stored[:, 1:] = big_endian.reshape(len(piece), -1).view(np.uint8)
+            self._send(png_chunk(b"IDAT", self._stored.compress(stored.data)))
+
+    def finish(self) -> None:
+        try:
+            self._send(png_chunk(b"IDAT", self._stored.flush()), png_chunk(b"IEND", b""))
+        finally:
+            self.drop()
+        if not self._is_saved:
+            raise self._error or pyvips.Error("the thread has ended before its time")
+
+    def drop(self) -> None:
+        # The thread sees the end of the stream, and ends soon after, whatever it was doing.
+        os.close(self._write_end)
+        self._thread.join()
+
     def _send(self, *parts: bytes) -> None:
-        if self._write_end < 0:
-            raise ValueError("the encoder is closed")
         for part in parts:
             left = memoryview(part)
             while left:
                 if self._error is not None:
-                    raise self._failure()
+                    raise self._error
                 left = left[os.write(self._write_end, left) :]
-
-    def _hang_up(self) -> None:
-        """Let the thread see the end of the stream, and wait for it: it ends soon after, whatever it was doing."""
-        os.close(self._write_end)
-        self._write_end = -1
-        self._thread.join()
-
-    def _failure(self) -> InternalError | DiskFull:
-        error: InternalError | DiskFull
-        # libvips says in words what the system has told it.
-        if any(os.strerror(number) in str(self._error) for number in DiskFull.ERRNOS):
-            error = DiskFull()
-        else:
-            error = InternalError(f"The result could not be encoded as {self.format.upper()}.", format=self.format)
-        error.__cause__ = self._error
-        return error
 
     def _save(self, read_end: int, options: tuple[str, dict[str, Any]], metadata: Metadata) -> None:
         """On the thread: pull the picture out of the pipe and into the file."""
@@ -949,8 +1022,8 @@ class Encoder:
             image = pyvips.Operation.call(
                 "pngload_source", source, access="sequential", fail_on="truncated", unlimited=True
             )
-            image, keep = _tagged(image, self.format, self._channels <= 2, metadata)
-            target = pyvips.Target.new_to_file(str(self._partial))
+            image, keep = _tagged(image, self._format, self._is_gray, metadata)
+            target = pyvips.Target.new_to_file(str(self._path))
             pyvips.Operation.call(operation, image, target, keep=keep, **arguments)
             self._is_saved = True
         except (pyvips.Error, OSError) as error:
@@ -960,6 +1033,22 @@ class Encoder:
             while os.read(read_end, 2**16):
                 pass
             os.close(read_end)
+
+
+def _is_fed_to_libwebp(format: str, *, has_alpha: bool, lossless: bool) -> bool:
+    """Whether a picture's rows go to libwebp as they come, and not to libvips, which would hold them."""
+    return format == "webp" and not has_alpha and not lossless and webp.is_available()
+
+
+def _webp_chunks(width: int, height: int, metadata: Metadata) -> dict[bytes, bytes]:
+    """What libvips writes beside the pixels of a WebP, by the names of its chunks: from a file of one px."""
+    px, keep = _tagged(pyvips.Image.black(1, 1, bands=3).copy(interpretation="srgb"), "webp", False, metadata)
+    found = dict(webp.chunks(px.webpsave_buffer(keep=keep)))
+    beside: dict[bytes, bytes] = {name: found[name] for name in (b"ICCP", b"EXIF", b"XMP ") if name in found}
+    if b"EXIF" in beside:
+        prefix, exif = beside[b"EXIF"][:6], beside[b"EXIF"][6:]
+        beside[b"EXIF"] = prefix + exif_of_size(exif, width, height)
+    return beside
 
 
 @functools.cache
@@ -1015,7 +1104,7 @@ def _save_options(format: str, quality: int, lossless: bool, row_bytes: int, hei
             # 0.96 s and 3.4 MB; effort 4: 3.1 s and 3.0 MB. `exact` keeps colours under transparency.
             return "webpsave_target", {"lossless": True, "exact": True, "effort": 0}
         case "webp":
-            return "webpsave_target", {"Q": quality, "effort": 2}
+            return "webpsave_target", {"Q": quality, "effort": webp.EFFORT}
         case "tiff":
             return "tiffsave_target", {
                 "compression": "deflate",
@@ -1060,6 +1149,25 @@ def _tagged(image: pyvips.Image, format: str, is_gray: bool, metadata: Metadata)
         image.set_type(pyvips.GValue.blob_type, "xmp-data", xmp)
         keep.add("xmp")
     return image, ":".join(sorted(keep))
+
+
+def exif_of_size(exif: bytes, width: int, height: int) -> bytes:
+    """The EXIF block, without its prefix, with the dimensions set right where they stand: libvips has written those of
+    a file of one px."""
+    order = "<" if exif[:2] == b"II" else ">"
+    sizes = {int(ExifTags.Base.ExifImageWidth): width, int(ExifTags.Base.ExifImageHeight): height}
+    patched = bytearray(exif)
+    directories = [struct.unpack_from(f"{order}I", exif, 4)[0]]
+    while directories:
+        start = directories.pop()
+        (count,) = struct.unpack_from(f"{order}H", exif, start)
+        for entry in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind = struct.unpack_from(f"{order}HH", exif, entry)
+            if tag == ExifTags.IFD.Exif:
+                directories += struct.unpack_from(f"{order}I", exif, entry + 8)
+            elif tag in sizes:
+                struct.pack_into(order + {3: "H", 4: "I"}[kind], patched, entry + 8, sizes[tag])
+    return bytes(patched)
 
 
 # Little CMS stamps the profiles it makes with the time; the same picture shall give the same bytes.
@@ -1117,8 +1225,8 @@ def convert(
     """A picture that this module has written, in another format. Returns the size of `target` in bytes.
 
     What the format cannot hold goes the way it does in a job: transparency is laid on `background`, 16 bits become 8,
-    gray becomes three equal channels. Metadata and profile come along. Raises InternalError where libvips fails, and
-    OutOfMemory as `check_memory`.
+    gray becomes three equal channels. Metadata and profile come along. Raises InternalError where libvips fails,
+    OutOfMemory as `check_memory`, and as an Encoder does.
     """
     holds = format_named(format)
     with _libvips_failures(format):
@@ -1138,6 +1246,8 @@ def convert(
         if (is_gray and not holds.holds_gray) or (image.format == "ushort" and not holds.holds_16_bit):
             is_gray = is_gray and holds.holds_gray
             image = image.colourspace("b-w" if is_gray else "srgb")
+        if _is_fed_to_libwebp(format, has_alpha=image.hasalpha(), lossless=lossless):
+            return _through_encoder(image, target, format, quality)
         profile = _gray_profile() if is_gray else _srgb_profile()
         image = image.copy()
         image.set_type(pyvips.GValue.blob_type, "icc-profile-data", profile)
@@ -1146,6 +1256,23 @@ def convert(
         out = pyvips.Target.new_to_file(str(target))
         pyvips.Operation.call(operation, image, out, keep="exif:icc:xmp", **arguments)
     return target.stat().st_size
+
+
+def _through_encoder(image: pyvips.Image, target: Path, format: str, quality: int) -> int:
+    """Some rows at a time. Returns the size of `target` in bytes. Raises as an Encoder does, and pyvips.Error."""
+    # Into an empty block, where there is none, libvips writes the resolution: a WebP has no other place for it.
+    exif = bytes(image.get("exif-data")) if image.get_typeof("exif-data") else Image.Exif().tobytes()
+    xmp = bytes(image.get("xmp-data")) if image.get_typeof("xmp-data") else None
+    metadata = Metadata(exif.removeprefix(b"Exif\0\0"), xmp, image.xres * 25.4)
+    rows = pyvips.Region.new(image)
+    with open_encoder(
+        target, format, image.width, image.height, channels=image.bands, quality=quality, metadata=metadata
+    ) as encoder:
+        for top in range(0, image.height, LIBVIPS_ROWS):
+            height = min(LIBVIPS_ROWS, image.height - top)
+            samples = rows.fetch(0, top, image.width, height)
+            encoder.write(np.frombuffer(samples, np.uint8).reshape(height, image.width, image.bands))
+        return encoder.close()
 
 
 def write_pyramid(source: Path, target: Path, *, tile_px: int) -> int:

@@ -263,7 +263,8 @@ class Engine:
     ) -> Enlarged:
         """Enlarges the picture in `source`, a seekable binary file, into `target`. Where it raises, there is no target.
 
-        Holds the decoded input and some bands, never the whole result (WebP and AVIF: libvips holds it once).
+        Holds the decoded input and some bands, never the whole result (lossy WebP: its YUV; other WebP and
+        AVIF: libvips holds it once).
         Raises UploadRejected for a picture that cannot be taken or made, AttemptError where the device or the network
         fails, and whatever `watch` raises.
         """

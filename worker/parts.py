@@ -37,7 +37,6 @@ FORMATS = ("png", "tiff")
 IDAT_BYTES = 1 << 20
 
 _WIDTH, _HEIGHT, _STRIP_OFFSETS, _ROWS_IN_STRIP, _STRIP_BYTE_COUNTS = 256, 257, 273, 278, 279
-_EXIF_DIRECTORY, _EXIF_WIDTH, _EXIF_HEIGHT = 0x8769, 0xA002, 0xA003
 _LONG, _LONG8 = 4, 16
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 7: 1, 16: 8}
 """Bytes of one value of a type that libvips writes (TIFF 6.0, section 2; 16 is BigTIFF's)."""
@@ -231,7 +230,7 @@ def _around_png(layout: Layout, parts: Sequence[Mapping[str, Any]], template: by
             case b"IDAT":
                 has_pixels = True
             case b"eXIf":
-                front += codec.png_chunk(b"eXIf", _exif_of_size(chunk[8:-4], layout.width, layout.height))
+                front += codec.png_chunk(b"eXIf", codec.exif_of_size(chunk[8:-4], layout.width, layout.height))
             case _:
                 (back if has_pixels else front).extend(chunk)
     adler = 1
@@ -241,24 +240,6 @@ def _around_png(layout: Layout, parts: Sequence[Mapping[str, Any]], template: by
     front += codec.png_chunk(b"IDAT", b"\x78\x5e")
     # An empty block of fixed codes that is marked as the last.
     return bytes(front), codec.png_chunk(b"IDAT", b"\x03\x00" + struct.pack(">I", adler)) + bytes(back)
-
-
-def _exif_of_size(exif: bytes, width: int, height: int) -> bytes:
-    """The block with the dimensions set right where they stand: libvips has written those of its one px."""
-    order = "<" if exif[:2] == b"II" else ">"
-    sizes = {_EXIF_WIDTH: width, _EXIF_HEIGHT: height}
-    patched = bytearray(exif)
-    directories = [struct.unpack_from(f"{order}I", exif, 4)[0]]
-    while directories:
-        start = directories.pop()
-        (count,) = struct.unpack_from(f"{order}H", exif, start)
-        for entry in range(start + 2, start + 2 + 12 * count, 12):
-            tag, kind = struct.unpack_from(f"{order}HH", exif, entry)
-            if tag == _EXIF_DIRECTORY:
-                directories += struct.unpack_from(f"{order}I", exif, entry + 8)
-            elif tag in sizes:
-                struct.pack_into(order + {3: "H", 4: "I"}[kind], patched, entry + 8, sizes[tag])
-    return bytes(patched)
 
 
 def _around_tiff(layout: Layout, parts: Sequence[Mapping[str, Any]], template: bytes) -> tuple[bytes, bytes]:

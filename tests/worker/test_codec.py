@@ -795,7 +795,8 @@ def test_a_full_disk_is_an_error_and_not_a_short_file(tmp_path: Path, format: st
         [sys.executable, "-c", FULL_DISK_SCRIPT, str(tmp_path / "a"), format],
         cwd=ROOT, capture_output=True, text=True, check=True, timeout=60,
     )  # fmt: skip
-    assert found.stdout == "refused Error\n"
+    # libvips' own error, or the system's where libwebp is fed by us.
+    assert found.stdout == ("refused OSError\n" if format == "webp" else "refused Error\n")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -339,7 +339,7 @@ def test_a_format_that_takes_more_memory_than_there_is_is_refused(
     monkeypatch.setattr(enlarging, "available_bytes", lambda: 14 * 400 * 320)
     photo, cut_out = (Image.fromarray(ramp(80, 100, channels)) for channels in (3, 4))
     for image, wanted, needed in (
-        (photo, Wanted(format="webp"), 5.2),
+        (photo, Wanted(format="webp"), 2.6),
         (cut_out, Wanted(format="webp"), 14),
         (cut_out, Wanted(format="png"), 0),
         (photo, Wanted(format="webp", lossless=True), 17),

@@ -1,7 +1,7 @@
 """Which runtime computes a network fastest on this machine: measured once, and kept in a file.
 
 No table says it: it depends on the processor's vector units and caches and on the threads there are. The first worker
-that loads a network times each runtime on a small picture, in turns, for a second or two; later ones read what it
+that loads a network times each runtime on a small picture, in turns, for some seconds; later ones read what it
 found, and so does `enlarger doctor`. Every runtime gives the same picture within 1 level of 255.
 """
 
@@ -50,10 +50,10 @@ def choose(
     """What is known of the card on this machine, or else is measured now.
 
     `candidates`: for each runtime what computes `px` input px once. Kept only where the card has weights, which
-    together with the machine are its name in the file.
+    together with `px` and the machine are its name in the file.
     """
     machine = _machine(device, threads)
-    key = f"{card.weights.sha256} {card.scale} {machine}" if card.weights else None
+    key = f"{card.weights.sha256} {card.scale} {px} {machine}" if card.weights else None
     known = _read(cache_file()).get(key) if key else None
     if known is not None and set(known.pixels_per_second) == set(candidates):
         return known

@@ -44,6 +44,7 @@ from shared.storage import Storage
 from tests.conftest import STACK_SETTINGS, new_postgresql_database, wait_until
 from tests.factories import a_key, a_png, options
 from worker import relay
+from worker.networks import CALIBRATION_PX
 
 SIDE_PX = 72
 """At 24 px a tile a job of this size takes seconds: long enough to be met in the middle."""
@@ -163,7 +164,8 @@ def a_disk(folder: Path, number: int) -> Path:
     machine = calibration._machine("cpu", 1)
     found = {"model": "srgan", "scale": 4, "machine": machine, "runtime": quickest, "pixels_per_second": speeds}
     (folder / "enlarger").mkdir()
-    (folder / "enlarger" / "calibration.json").write_text(json.dumps({f"{card.weights.sha256} 4 {machine}": found}))
+    key = f"{card.weights.sha256} 4 {CALIBRATION_PX**2} {machine}"
+    (folder / "enlarger" / "calibration.json").write_text(json.dumps({key: found}))
     return folder
 
 

@@ -42,6 +42,11 @@ Where a card has no weights the bytes are none."""
 PROBE_PX = 64
 """Side of the square that is timed to learn a device's speed: some 0.1 s on two cores."""
 
+CALIBRATION_PX = 192
+"""Side of the square by which runtimes are compared: of a smaller one strips have too few rows to show what they do."""
+CALIBRATION_MULTIPLY_ADDS = 10**11
+"""What that may take, about a second of two cores: of a network that takes more for a px the square is smaller."""
+
 STRIP_PX = 12_288
 """Input px of a strip for each of the threads, about: in fewer, they wait for each other."""
 STRIP_THREADS = 2
@@ -134,12 +139,17 @@ class Network:
             return self._runtime
 
     def _calibrated(self) -> calibration.Runtime:
+        side = PROBE_PX
         candidates: dict[calibration.Runtime, Callable[[], None]] = {"torch": self._torch_probe}
         if self.device.type == "cpu" and strips.is_available() and self.module.draw():
-            candidates["ncnn"] = self._strips_probe
+            affordable = math.isqrt(CALIBRATION_MULTIPLY_ADDS // self.multiply_adds_per_px)
+            side = min(CALIBRATION_PX, max(PROBE_PX, affordable))
+            # With its halo: what a tile of a larger picture takes.
+            candidates["torch"] = functools.partial(self._torch_probe, side, self.halo_px)
+            candidates["ncnn"] = functools.partial(self._strips_probe, side)
         device = "cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
         threads = torch.get_num_threads()
-        found = calibration.choose(self.card, device, threads, candidates, PROBE_PX**2)
+        found = calibration.choose(self.card, device, threads, candidates, side**2)
         self._pixels_per_second = max(self._pixels_per_second, found.pixels_per_second[found.runtime])
         return found.runtime
 
@@ -312,12 +322,13 @@ class Network:
         else:
             self._torch_probe()
 
-    def _torch_probe(self) -> None:
+    def _torch_probe(self, side: int = PROBE_PX, halo_px: int = 0) -> None:
+        read = side + 2 * halo_px
         # Copying to the host waits for a GPU to finish.
-        self(torch.full((1, 3, PROBE_PX, PROBE_PX), 0.5), half=self.prefers_half).cpu()
+        self(torch.full((1, 3, read, read), 0.5), keep=(halo_px, halo_px, side, side), half=self.prefers_half).cpu()
 
-    def _strips_probe(self) -> None:
-        for _ in self.rows([np.full((3, PROBE_PX, PROBE_PX), 0.5, np.float32)]):
+    def _strips_probe(self, side: int = PROBE_PX) -> None:
+        for _ in self.rows([np.full((3, side, side), 0.5, np.float32)]):
             pass
 
     def observe(self, multiply_adds: int, seconds: float) -> None:

@@ -28,7 +28,7 @@ from api.operations import VERBS
 from api.web import as_pages
 from shared import audit, catalog, figures, keys, own_models, queries, shards, thumbnails
 from shared.db import clock
-from shared.errors import DatabaseUnavailable, InvalidRequest, NotFound, TooManyStreams
+from shared.errors import DatabaseUnavailable, InvalidRequest, NotFound
 from shared.figures import WINDOWS, Spans
 from shared.models import ApiKey, Attempt, Delivery, DeliveryState, Job, JobState, Worker
 from shared.queries import Page
@@ -225,26 +225,21 @@ def blueprint(context: Context, servers: Servers) -> Blueprint:
 
         def follow(**named: str) -> Response:
             facts_of(view, named)
-            response = Response(mimetype="text/event-stream")
-            # Proxies must pass each event on as it comes.
-            response.headers["X-Accel-Buffering"] = "no"
-            if request.method == "HEAD":
-                return response
-            give_back = context.seats.take()
-            if give_back is None:
-                raise TooManyStreams("Too many live pages are open; this one shows what it has.", retry_after_seconds=5)
-            response.call_on_close(give_back)
-            said = _stream(
-                lambda: {
-                    part: render_template(f"admin/_{part}.html", **facts)
-                    for facts in (facts_of(view, named),)
-                    for part in view.parts
-                },
-                ping_seconds=settings.event_ping_seconds,
-                client_left=events.left_by(request.environ),
-            )
-            response.response = stream_with_context(said)
-            return response
+
+            def said(client_left: Callable[[], bool]) -> Iterator[str]:
+                parts = _stream(
+                    lambda: {
+                        part: render_template(f"admin/_{part}.html", **facts)
+                        for facts in (facts_of(view, named),)
+                        for part in view.parts
+                    },
+                    ping_seconds=settings.event_ping_seconds,
+                    client_left=client_left,
+                )
+                return stream_with_context(parts)
+
+            refusal = "Too many live pages are open; this one shows what it has."
+            return events.answer(context, said, refusal=refusal)
 
         pages.add_url_rule(view.path, view.template, draw)
         pages.add_url_rule(f"{view.path}/events", f"{view.template}_events", follow)

@@ -15,9 +15,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from flask import Response, request
+
 from api.context import Context
 from shared import queries
-from shared.errors import DatabaseUnavailable, NotFound
+from shared.errors import DatabaseUnavailable, NotFound, TooManyStreams
 from shared.queries import Pulse
 
 # What a browser waits before it opens a broken stream again.
@@ -43,6 +45,23 @@ def wait(
         if left_seconds <= 0 or client_left():
             return
         time.sleep(min(context.settings.event_poll_seconds, left_seconds))
+
+
+def answer(context: Context, said: Callable[[Callable[[], bool]], Iterator[str]], *, refusal: str) -> Response:
+    """The request's answer as server-sent events, its head alone to HEAD. `said` makes them, and is given what tells
+    whether the client has left. Holds a seat until the answer is closed; raises TooManyStreams, `refusal`, where there
+    is none."""
+    response = Response(mimetype="text/event-stream")
+    # Proxies must pass each event on as it comes.
+    response.headers["X-Accel-Buffering"] = "no"
+    if request.method == "HEAD":
+        return response
+    give_back = context.seats.take()
+    if give_back is None:
+        raise TooManyStreams(refusal, retry_after_seconds=5)
+    response.call_on_close(give_back)
+    response.response = said(left_by(request.environ))
+    return response
 
 
 def stream(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
 
 from flask import Response, jsonify, request
 
@@ -130,20 +131,14 @@ def follow_job(context: Context, caller: Caller, job_id: str) -> Response:
     with context.database.reading() as session:
         queries.pulse(session, job_id, caller.key_id)
     last_event_id = request.headers.get("Last-Event-ID", "")
-    response = Response(mimetype="text/event-stream")
-    # Proxies must pass each event on as it comes.
-    response.headers["X-Accel-Buffering"] = "no"
-    if request.method == "HEAD":
-        return response
-    give_back = context.seats.take()
-    if give_back is None:
-        raise TooManyStreams("Too many event streams are open; poll the job.", retry_after_seconds=5)
-    response.call_on_close(give_back)
-    response.response = events.stream(
-        context,
-        job_id,
-        caller.key_id,
-        last_event_id=int(last_event_id) if re.fullmatch(r"[0-9]{1,18}", last_event_id) else None,
-        client_left=events.left_by(request.environ),
-    )
-    return response
+
+    def said(client_left: Callable[[], bool]) -> Iterator[str]:
+        return events.stream(
+            context,
+            job_id,
+            caller.key_id,
+            last_event_id=int(last_event_id) if re.fullmatch(r"[0-9]{1,18}", last_event_id) else None,
+            client_left=client_left,
+        )
+
+    return events.answer(context, said, refusal="Too many event streams are open; poll the job.")

@@ -139,14 +139,17 @@ class Network:
             return self._runtime
 
     def _calibrated(self) -> calibration.Runtime:
-        side = PROBE_PX
-        candidates: dict[calibration.Runtime, Callable[[], None]] = {"torch": self._torch_probe}
+        candidates: dict[calibration.Runtime, Callable[[], None]]
         if self.device.type == "cpu" and strips.is_available() and self.module.draw():
             affordable = math.isqrt(CALIBRATION_MULTIPLY_ADDS // self.multiply_adds_per_px)
             side = min(CALIBRATION_PX, max(PROBE_PX, affordable))
-            # With its halo: what a tile of a larger picture takes.
-            candidates["torch"] = functools.partial(self._torch_probe, side, self.halo_px)
-            candidates["ncnn"] = functools.partial(self._strips_probe, side)
+            candidates = {
+                # With its halo: what a tile of a larger picture takes.
+                "torch": functools.partial(self._torch_probe, side, self.halo_px),
+                "ncnn": functools.partial(self._strips_probe, side),
+            }
+        else:
+            side, candidates = PROBE_PX, {"torch": self._torch_probe}
         device = "cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
         threads = torch.get_num_threads()
         found = calibration.choose(self.card, device, threads, candidates, side**2)

@@ -83,7 +83,9 @@ def measure(
                     if each == TENSORFLOW:
                         assert tensorflow is not None
                         line = [tensorflow, str(WITH_TENSORFLOW)]
-                    took = _in_a_process([*line, str(folder), str(width), str(height), str(threads)])
+                    # As in a worker, where it is set before torch is loaded; the others are as they come.
+                    more = {"OMP_WAIT_POLICY": "PASSIVE"} if each == OWN else {}
+                    took = _in_a_process([*line, str(folder), str(width), str(height), str(threads)], more)
                     seconds[each].append(took)
                     if told:
                         print(f"{width}x{height}, round {number + 1}, {each}: {took:.3f} s", flush=True)
@@ -109,8 +111,8 @@ def machine(threads: int) -> dict[str, Any]:
     }
 
 
-def _in_a_process(line: list[str]) -> float:
-    ran = subprocess.run(line, capture_output=True, text=True, check=False)
+def _in_a_process(line: list[str], more: dict[str, str]) -> float:
+    ran = subprocess.run(line, env={**os.environ, **more}, capture_output=True, text=True, check=False)
     if ran.returncode != 0:
         raise RuntimeError(f"{' '.join(line)} ended with {ran.returncode}: {ran.stderr[-2000:]}")
     return float(ran.stdout.split()[-1])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import mmap
+import weakref
 from typing import Any
 
 import pytest
@@ -88,3 +90,28 @@ def test_where_there_is_no_memory_ncnn_is_told(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(pool.mmap, "mmap", none)
     assert Pool().fastMalloc(1) is None
+
+
+def test_a_pool_stays_as_long_as_what_it_has_allocated() -> None:
+    made = Pool()
+    there = weakref.ref(made)
+    block = made.fastMalloc(100)
+    del made
+    gc.collect()
+    left = there()
+    assert left is not None
+    left.fastFree(block)
+    del left
+    gc.collect()
+    assert there() is None
+
+
+def test_garbage_that_is_collected_in_the_midst_of_a_change_waits_for_its_end() -> None:
+    made = Pool()
+    first, second = made.fastMalloc(100), made.fastMalloc(100)
+    with made._lock:
+        made.fastFree(first)
+        held = made.in_use_bytes
+    made.fastFree(second)
+    assert (held, made.in_use_bytes) == (384, 0)
+    assert address(made.fastMalloc(100)) == address(first)

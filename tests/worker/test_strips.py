@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import math
+import threading
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -21,19 +23,14 @@ from worker import networks, upscale
 from worker.networks import Network, strips
 from worker.networks.architecture import Architecture
 from worker.networks.compact import Compact
+from worker.networks.lanes import Lanes
 from worker.networks.rrdb import Rrdb
 from worker.networks.srresnet import SrResNet
-from worker.networks.strips import Graph, Strips
+from worker.networks.strips import Graph, Promised, Strips
 from worker.tiling import plan_strips
 from worker.upscale import Descent, Repairs, enlarge, plan_work
 
 HALF_A_LEVEL = 0.5 / 255
-
-
-@pytest.fixture(autouse=True)
-def _as_with_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Strips are as high as a test says, whatever machine it runs on.
-    monkeypatch.setattr(networks, "STRIP_THREADS", 1)
 
 
 def with_contrast(module: Architecture, gain: float) -> Architecture:
@@ -98,13 +95,24 @@ def test_in_strips_a_network_answers_as_it_does_whole(
     assert float((made - expected).abs().max()) < HALF_A_LEVEL / 10
 
 
-@settings(max_examples=12)
-@given(height=st.integers(1, 120), width=st.integers(1, 40), fed=st.integers(1, 50), strip_px=st.integers(1, 2000))
-def test_any_picture_in_any_strips_is_the_whole_one(height: int, width: int, fed: int, strip_px: int) -> None:
+@settings(max_examples=20)
+@given(
+    height=st.integers(1, 120),
+    width=st.integers(1, 40),
+    fed=st.integers(1, 50),
+    strip_px=st.integers(1, 2000),
+    later_strip_px=st.integers(1, 1000),
+    lanes=st.integers(1, 5),
+)
+def test_any_picture_in_any_strips_and_lanes_is_the_whole_one(
+    height: int, width: int, fed: int, strip_px: int, later_strip_px: int, lanes: int
+) -> None:
     module = srresnet()
     image = picture(height, width)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(networks, "STRIP_PX", strip_px)
+        patched.setattr(networks, "LATER_STRIP_PX", later_strip_px)
+        patched.setattr(networks, "lane_count", lambda: lanes)
         made = torch.cat(list(network_of(module).rows(pieces(image, fed))), dim=1)
     assert float((made - whole(module, image)).abs().max()) < HALF_A_LEVEL
 
@@ -125,9 +133,11 @@ def test_parts_that_wait_hold_little(monkeypatch: pytest.MonkeyPatch) -> None:
     columns, rows = 50 + 2 * module.reach_px, 60
     monkeypatch.setattr(networks, "STRIP_PX", columns * rows)
     monkeypatch.setattr(networks, "LATER_STRIP_PX", columns * 6)
+    monkeypatch.setattr(networks, "lane_count", lambda: 1)
     network, image = network_of(module), picture(300, 400)
     assert len(network.columns(400)) == 8
-    between_graphs_bytes = 4 * 16 * rows * columns
+    # Between the graphs and behind them, of one strip of one part.
+    turn_bytes = 4 * (16 + 4 * 48) * rows * columns
     held = []
     tracemalloc.start()
     try:
@@ -137,8 +147,8 @@ def test_parts_that_wait_hold_little(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         tracemalloc.stop()
     assert len(held) > 3
-    # Of eight parts, what lies between body and tail would be eight times that.
-    assert max(held) < 5 * between_graphs_bytes
+    # Of all eight parts it would be eight times that.
+    assert max(held) < 4 * turn_bytes
 
 
 def test_the_x2_and_x3_of_the_compact_network_cannot_be_drawn() -> None:
@@ -155,8 +165,12 @@ def test_layers_that_see_differently_far_meet_in_the_same_row() -> None:
     far, near = (graph.conv(x, kernel, torch.ones(8)) for kernel in kernels)
     output = graph.add(graph.concat(far, x), graph.concat(x, near), times=0.5)
     values = np.random.default_rng(0).random((8, 50, 9), np.float32)
-    run = Strips(graph, output, threads=1)
-    made = np.concatenate(list(run.through(np.array_split(values, 5, axis=1), rows=6)), axis=1)
+    lanes = Lanes(2)
+    passage = Strips(graph, output, threads=1).passage(9, rows=6, lanes=lanes)
+    promised = list(passage.feed(map(Promised.of, np.array_split(values, 5, axis=1)), is_last=True))
+    made = np.concatenate([each.values.result() for each in promised], axis=1)
+    lanes.close()
+    assert [each.rows for each in promised] == [each.values.result().shape[1] for each in promised]
     given_ = torch.from_numpy(values)[None]
     far_, near_ = (F.conv2d(given_, kernel, torch.ones(8), padding="same") for kernel in kernels)
     expected = 0.5 * torch.cat([far_, given_], 1) + torch.cat([given_, near_], 1)
@@ -230,8 +244,6 @@ def test_a_shard_in_strips_is_what_it_is_in_the_whole_to_one_level(
     width = 24
     monkeypatch.setattr(networks, "STRIP_PX", width * 12)
     monkeypatch.setattr(networks, "STRIP_COLUMNS", columns)
-    # Strips so small are not worth a second thread.
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     network = network_of(module)
     height = network.reach_px + 90
     image = picture(height, width)
@@ -294,6 +306,28 @@ def test_what_watches_can_stop_within_a_strip() -> None:
         list(enlarge(network_of(srresnet()), picture(150, 60), 4, on_tile=stop))
 
 
+def test_who_stops_leaves_no_lane_and_no_memory_in_use() -> None:
+    network = network_of(srresnet())
+    rows = network.rows(pieces(picture(600, 60), 16))
+    next(rows)
+    running = [each for each in threading.enumerate() if each.name.startswith("lane-")]
+    assert len(running) == networks.lane_count()
+    rows.close()
+    assert not any(each.is_alive() for each in running)
+    (pool,) = {each.pool for each in network._ready_strips()}
+    # What a strip had ready for the one below that never came goes with them.
+    gc.collect()
+    assert pool.in_use_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("threads", "lanes", "each"), [(1, 1, 1), (2, 2, 1), (4, 4, 1), (5, 2, 2), (6, 3, 2), (16, 4, 4)]
+)
+def test_threads_are_spread_over_lanes(monkeypatch: pytest.MonkeyPatch, threads: int, lanes: int, each: int) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert (networks.lane_count(), networks.lane_threads()) == (lanes, each)
+
+
 def test_a_picture_too_wide_for_the_memory_is_cut_into_tiles() -> None:
     network = network_of(srresnet())
     enough = math.ceil(network.strips_bytes(3000) / upscale.STRIPS_MEMORY)
@@ -303,11 +337,14 @@ def test_a_picture_too_wide_for_the_memory_is_cut_into_tiles() -> None:
 
 @pytest.mark.parametrize("module", [srresnet(), Compact(4), Rrdb(1)], ids=["srresnet", "compact", "rrdb"])
 @pytest.mark.parametrize("columns", [400, 200], ids=["one-part", "two-parts"])
-def test_memory_in_strips_is_as_estimated(monkeypatch: pytest.MonkeyPatch, module: Architecture, columns: int) -> None:
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_memory_in_strips_is_as_estimated(
+    monkeypatch: pytest.MonkeyPatch, module: Architecture, columns: int, lanes: int
+) -> None:
     monkeypatch.setattr(networks, "STRIP_COLUMNS", columns)
     monkeypatch.setattr(networks, "STRIP_PX", 12 * columns)
-    monkeypatch.setattr(networks, "LATER_STRIP_PX", 3 * columns)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(networks, "LATER_STRIP_PX", 6 * columns)
+    monkeypatch.setattr(networks, "lane_count", lambda: lanes)
     network, width, height = network_of(module), 400, 60
     (pool,) = {each.pool for each in network._ready_strips()}
     for _ in network.rows(pieces(picture(height, width), 16)):

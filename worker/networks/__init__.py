@@ -11,6 +11,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import wait
 
 import numpy as np
 import torch
@@ -22,8 +23,9 @@ from shared.catalog import ModelCard, OwnFile
 from shared.errors import ModelUnavailable
 from worker.networks import compact, own, resampling, rrdb, srresnet, strips, trained
 from worker.networks.architecture import Architecture, Keep, nothing
+from worker.networks.lanes import Lanes
 from worker.networks.pool import Pool
-from worker.networks.strips import Strips
+from worker.networks.strips import Passage, Promised, Strips
 from worker.networks.weights import read_verified
 
 ARCHITECTURES: tuple[tuple[str, Callable[[bytes, int], Architecture]], ...] = (
@@ -47,18 +49,24 @@ CALIBRATION_PX = 192
 CALIBRATION_MULTIPLY_ADDS = 10**11
 """What that may take, about a second of two cores: of a network that takes more for a px the square is smaller."""
 
-STRIP_PX = 12_288
-"""Input px of a strip for each of the threads, about: in fewer, they wait for each other."""
+STRIP_PX = 6_144
+"""Input px of a strip for each thread that computes it, about: in fewer, too much is done once for each strip; more do
+not stay in the processor's cache."""
 STRIP_THREADS = 2
-"""For no more than so many: a larger strip does not fit in the processor's cache."""
+"""For no more than so many: strips take memory."""
 STRIP_COLUMNS = 2048
 """Columns of a strip at most. A wider picture is cut into parts with halos between them, lest the memory of a strip
 grow with the width: a twenty-fifth more work for a halo of 40 px. Very wide ones are cut narrower (`Network.columns`).
 """
-LATER_STRIP_PX = STRIP_PX // 4
-"""The same of the graphs behind the first, which work on more values for each px of the input. Where a strip is not
-wide it may have twice as many: that is quicker, and memory is no question there."""
-POOL_KEPT_BYTES = 100_000_000
+LATER_STRIP_PX = STRIP_PX // 2
+"""The same of the graphs behind the first, which work on more values for each px of the input."""
+MOST_LANES = 4
+"""Strips are computed in so many lanes at most, each by an equal part of the threads: each takes memory for one."""
+FEW_LANES = 2
+"""So few have memory for strips twice as high as they must be where the picture is wide, which is quicker."""
+STEP_SECONDS = 0.05
+"""How often `on_step` is called while strips are computed."""
+POOL_KEPT_BYTES = 250_000_000
 """Memory that is kept for the next picture: enough for small ones, of which fresh pages would be a part of the work."""
 WINOGRAD_ROWS = 6
 """Rows that Winograd's method makes at once; a strip of other heights computes some for nothing."""
@@ -168,9 +176,9 @@ class Network:
     def _strips_bytes(self, spans: list[tuple[slice, slice]]) -> int:
         read: list[int] = [span.stop - span.start for _, span in spans]
         kept = sum(each.kept_bytes_per_column for each in self._ready_strips())
-        # One part computes at a time, and of it one graph.
+        # Each lane computes one strip of one part and one graph.
         computing = max(each.bytes_per_column(self._strip_rows(each, max(read))) for each in self._ready_strips())
-        return sum(read) * kept + max(read) * computing
+        return sum(read) * kept + max(read) * computing * lane_count()
 
     def columns(self, width: int) -> list[tuple[slice, slice]]:
         """The columns whose result each part of a picture so wide keeps, and those that it reads.
@@ -203,66 +211,81 @@ class Network:
         spans = self.columns(first.shape[2])
         pieces = itertools.chain([first], pieces)
         del first
-        parts = [
-            self._part(columns, spans[0][1].stop - spans[0][1].start)
-            for columns in _in_columns(pieces, [read for _, read in spans])
-        ]
+        lanes = Lanes(lane_count())
         try:
-            # Turn by turn, and each goes down as far as one strip of its first graph brings it: what is between two
-            # graphs is larger than anything else, and never held for two parts at once.
-            while (turn := next(parts[0], None)) is not None:
-                whole = torch.empty(0)
-                for index, (part, (keep, read)) in enumerate(zip(parts, spans, strict=True)):
-                    columns = slice((keep.start - read.start) * self.scale, (keep.stop - read.start) * self.scale)
-                    made = [convert(piece[:, :, columns]) for piece in (turn if index == 0 else next(part))]
-                    if not made:
-                        continue
-                    if index == 0:
-                        whole = torch.empty(sum(piece.shape[1] for piece in made), width, 3, dtype=made[0].dtype)
-                    top = 0
-                    for piece in made:
-                        beside = whole[top : top + piece.shape[1], keep.start * self.scale : keep.stop * self.scale]
-                        beside.copy_(piece.permute(1, 2, 0))
-                        top += piece.shape[1]
-                if len(whole):
+            # Of parts that stand side by side all strips are equally high.
+            widest = max(read.stop - read.start for _, read in spans)
+            given = _in_columns(pieces, [read for _, read in spans])
+            parts = [self._part(each, read, widest, lanes) for each, (_, read) in zip(given, spans, strict=True)]
+            finished = [self._finished() for _ in parts]
+            whole = torch.empty(0)
+            for index, promised in _ahead(parts, lanes.count):
+                keep, read = spans[index]
+                columns = slice((keep.start - read.start) * self.scale, (keep.stop - read.start) * self.scale)
+                drawn = [finished[index](self._awaited(each)) for each in promised]
+                made = [convert(piece[:, :, columns]) for piece in drawn if piece.shape[1]]
+                if not made:
+                    continue
+                if index == 0:
+                    whole = torch.empty(sum(piece.shape[1] for piece in made), width, 3, dtype=made[0].dtype)
+                top = 0
+                for piece in made:
+                    beside = whole[top : top + piece.shape[1], keep.start * self.scale : keep.stop * self.scale]
+                    beside.copy_(piece.permute(1, 2, 0))
+                    top += piece.shape[1]
+                if index == len(parts) - 1:
                     yield whole.permute(2, 0, 1)
         finally:
+            lanes.close()
             for each in self._ready_strips():
                 if each.pool.held_bytes > POOL_KEPT_BYTES:
                     each.pool.clear()
 
-    def _part(self, pieces: Iterable[NDArray[np.float32]], width: int) -> Iterator[Iterator[Tensor]]:
-        """What the strips and `Architecture.finish` make of some columns, about `width` of them: of each strip of the
-        first graph all that it brings, and at last what is left, which is to be read before the next."""
-        first, *later = self._ready_strips()
-        passages = [each.passage(rows=self._strip_rows(each, width), on_step=lambda: self.on_step()) for each in later]
+    def _part(
+        self, pieces: Iterable[NDArray[np.float32]], columns: slice, widest: int, lanes: Lanes
+    ) -> Iterator[list[Promised]]:
+        """What the strips will make of some columns: of each strip of the first graph all that it brings, and at last
+        what is left."""
+        width, passages = columns.stop - columns.start, list[Passage]()
+        for each in self._ready_strips():
+            passages.append(each.passage(width, rows=self._strip_rows(each, widest), lanes=lanes))
+            width *= each.output.grid
+
+        def through(made: Iterable[Promised], *, is_last: bool) -> list[Promised]:
+            for passage in passages[1:]:
+                made = passage.feed(made, is_last=is_last)
+            return list(made)
+
+        for strip in passages[0].feed(map(Promised.of, pieces), is_last=True):
+            yield through([strip], is_last=False)
+        if passages[1:]:
+            yield through([], is_last=True)
+
+    def _finished(self) -> Callable[[NDArray[np.float32]], Tensor]:
+        """What `Architecture.finish` makes of the drawn rows that come one after the other, for one part."""
         kept = torch.empty(0)
         count = self.module.drawn_rows_kept
 
-        def finished(made: Iterable[NDArray[np.float32]], *, is_last: bool) -> Iterator[Tensor]:
+        def finished(piece: NDArray[np.float32]) -> Tensor:
             nonlocal kept
-            for passage in passages:
-                made = passage.feed(made, is_last=is_last)
-            for piece in made:
-                drawn = torch.from_numpy(piece)
-                whole = torch.cat([kept, drawn], dim=1) if len(kept) else drawn
-                # Copied: it would keep the whole.
-                kept = whole[:, whole.shape[1] - count :].clone()
-                if whole.shape[1] > count:
-                    yield self.module.finish(whole)
+            drawn = torch.from_numpy(piece)
+            whole = torch.cat([kept, drawn], dim=1) if len(kept) else drawn
+            # Copied: it would keep the whole.
+            kept = whole[:, whole.shape[1] - count :].clone()
+            return self.module.finish(whole) if whole.shape[1] > count else torch.empty(3, 0, 0)
 
-        for made in first.through(pieces, rows=self._strip_rows(first, width), on_step=lambda: self.on_step()):
-            turn = finished([made], is_last=False)
-            # Until its next turn the part has nothing of it but what the graphs below keep.
-            del made
-            yield turn
-        if passages:
-            yield finished([], is_last=True)
+        return finished
+
+    def _awaited(self, promised: Promised) -> NDArray[np.float32]:
+        self.on_step()
+        while not wait([promised.values], timeout=STEP_SECONDS).done:
+            self.on_step()
+        return promised.values.result()
 
     def _ready_strips(self) -> tuple[Strips, ...]:
-        threads = torch.get_num_threads()
+        threads = lane_threads()
         if self._strips_threads != threads:
-            # One for all: only one of them computes at a time.
+            # One for all lanes and graphs.
             pool = Pool()
             self._strips = tuple(
                 Strips(graph, output, threads=threads, pool=pool) for graph, output in self.module.draw()
@@ -273,11 +296,9 @@ class Network:
     def _strip_rows(self, each: Strips, width: int) -> int:
         # So many that on the output's grid, where most of the work is, they are a multiple of what is made at once.
         step = WINOGRAD_ROWS // math.gcd(WINOGRAD_ROWS, each.output.grid)
-        px = STRIP_PX
-        if each is not self._strips[0]:
-            px = LATER_STRIP_PX * (2 if width <= STRIP_COLUMNS // 2 else 1)
-        px *= min(self._strips_threads, STRIP_THREADS)
-        return max(step, px // width // step * step)
+        px = (STRIP_PX if each is self._strips[0] else LATER_STRIP_PX) * min(self._strips_threads, STRIP_THREADS)
+        least = 2 * step if lane_count() <= FEW_LANES else step
+        return max(least, px // width // step * step)
 
     def __call__(self, tile: Tensor, *, keep: Keep | None = None, half: bool = False) -> Tensor:
         """Enlarges one tile, or some of one size that keep the same part of themselves.
@@ -343,6 +364,38 @@ class Network:
         if self._half_module is None:
             self._half_module = self.module.halved()
         return self._half_module
+
+
+def lane_threads() -> int:
+    """The threads of each lane."""
+    return math.ceil(torch.get_num_threads() / MOST_LANES)
+
+
+def lane_count() -> int:
+    return torch.get_num_threads() // lane_threads()
+
+
+Turn = list[Promised]
+
+
+def _ahead(parts: Sequence[Iterator[Turn]], count: int) -> Iterator[tuple[int, Turn]]:
+    """Turn by turn, with the part's number; `count` turns are planned beyond the one that is handed out."""
+
+    def turns() -> Iterator[tuple[int, Turn]]:
+        while True:
+            for index, part in enumerate(parts):
+                turn = next(part, None)
+                if turn is None:
+                    return
+                yield index, turn
+
+    planned: deque[tuple[int, Turn]] = deque()
+    for each in turns():
+        planned.append(each)
+        if len(planned) > count:
+            yield planned.popleft()
+    while planned:
+        yield planned.popleft()
 
 
 def strip_columns(width: int, count: int, halo_px: int) -> list[tuple[slice, slice]]:

@@ -12,6 +12,7 @@ import bisect
 import ctypes
 import mmap
 import threading
+from collections import deque
 from typing import Any
 
 try:
@@ -76,7 +77,7 @@ class _Segment:
 
 # Of ncnn's kinds of allocator the one that does least: nothing of it is used.
 class Pool(ncnn.UnlockedPoolAllocator if ncnn is not None else object):  # type: ignore[misc]  # ncnn has no types
-    """An allocator for `ncnn.Option`. What is allocated must be freed before the Pool goes."""
+    """An allocator for `ncnn.Option`. It stays as long as anything that it has allocated."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,6 +86,7 @@ class Pool(ncnn.UnlockedPoolAllocator if ncnn is not None else object):  # type:
         self._in_use: dict[int, tuple[_Segment, int, int]] = {}
         # ncnn lets go of Python's own lock while it computes, and may ask from any of its threads.
         self._lock = threading.Lock()
+        self._given_back: deque[int] = deque()
         self.most_held_bytes = 0
         """The most of `held_bytes`. May be set to 0, to begin anew."""
 
@@ -97,6 +99,7 @@ class Pool(ncnn.UnlockedPoolAllocator if ncnn is not None else object):  # type:
         """A capsule with the address of `size` bytes; None where there are none."""
         size = -(-(size + READ_BEYOND_BYTES) // ALIGNED_TO_BYTES) * ALIGNED_TO_BYTES
         with self._lock:
+            self._take_back()
             for segment in self._segments:
                 start = segment.take(size)
                 if start is not None:
@@ -110,18 +113,34 @@ class Pool(ncnn.UnlockedPoolAllocator if ncnn is not None else object):  # type:
                 start = segment.take(size)
                 assert start is not None
             self._in_use[segment.address + start] = segment, start, size
+            _IN_USE.add(self)
             self.in_use_bytes += size
             self.most_held_bytes = max(self.most_held_bytes, self.held_bytes)
             return _new_capsule(segment.address + start, None, None)
 
     def fastFree(self, pointer: Any) -> None:
-        with self._lock:
-            segment, start, size = self._in_use.pop(_address_in(pointer, None))
+        self._given_back.append(_address_in(pointer, None))
+        # Python may collect garbage, and ncnn's with it, in the midst of any of these methods.
+        if self._lock.acquire(blocking=False):
+            try:
+                self._take_back()
+            finally:
+                self._lock.release()
+
+    def _take_back(self) -> None:
+        while self._given_back:
+            segment, start, size = self._in_use.pop(self._given_back.popleft())
             segment.give_back(start, size)
             self.in_use_bytes -= size
+        if not self._in_use:
+            _IN_USE.discard(self)
 
     def clear(self) -> None:
         """Gives what is in no use back to the system."""
         with self._lock:
+            self._take_back()
             for segment in self._segments:
                 segment.forget()
+
+
+_IN_USE: set[Pool] = set()

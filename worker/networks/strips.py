@@ -8,8 +8,9 @@ it sees below its own; the last strip brings what is left. The strips are small 
 the memory does not depend on the picture's height.
 
     graph = Graph()
-    strips = Strips(graph, graph.conv(graph.input(3), weight, bias), threads=2)
-    for finished in strips.through(pieces, rows=24): ...
+    strips = Strips(graph, graph.conv(graph.input(3), weight, bias), threads=1)
+    passage = strips.passage(width, rows=24, lanes=Lanes(2))
+    for promised in passage.feed(map(Promised.of, pieces), is_last=True): ...
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.errors import OutOfMemory
+from worker.networks.lanes import Lanes
 from worker.networks.pool import Pool
 
 try:
@@ -247,44 +250,68 @@ class Strips:
                 held[made.name] = whole
         return most
 
-    def through(
-        self, pieces: Iterable[NDArray[np.float32]], *, rows: int, on_step: Callable[[], None] = lambda: None
-    ) -> Iterator[NDArray[np.float32]]:
-        """One picture from its top down, (C, h, W) at a time and `h` as it comes, in strips of `rows` rows.
+    def passage(self, width: int, *, rows: int, lanes: Lanes) -> Passage:
+        """To take one picture through, `width` columns of it, in strips of `rows` rows."""
+        return Passage(self, width, rows, lanes)
 
-        Yields (C', h', W') as they are finished, the last when all are in. `on_step` is called now and then within a
-        strip; what it raises passes. Raises OutOfMemory where ncnn has none.
-        """
-        return self.passage(rows=rows, on_step=on_step).feed(pieces, is_last=True)
 
-    def passage(self, *, rows: int, on_step: Callable[[], None] = lambda: None) -> Passage:
-        """As `through`, for who feeds it bit by bit."""
-        return Passage(self, rows, on_step)
+@dataclass(frozen=True)
+class Promised:
+    """Rows that come."""
+
+    rows: int
+    values: Future[NDArray[np.float32]]
+    """(C, rows, W)."""
+
+    @classmethod
+    def of(cls, values: NDArray[np.float32]) -> Promised:
+        """Of such as are there."""
+        future: Future[NDArray[np.float32]] = Future()
+        future.set_result(values)
+        return cls(values.shape[1], future)
 
 
 class Passage:
-    """One picture on its way down through Strips."""
+    """One picture on its way down through Strips.
 
-    def __init__(self, strips: Strips, rows: int, on_step: Callable[[], None]) -> None:
-        self._strips, self._on_step = strips, on_step
+    Each strip is a task for one lane. The strip below it is in the next lane and one layer behind: it waits for no
+    more than the rows that are kept of each layer.
+    """
+
+    def __init__(self, strips: Strips, width: int, rows: int, lanes: Lanes) -> None:
+        self._strips, self._width, self._lanes = strips, width, lanes
         first, last = strips._first_and_last(rows)
         self._cut = _Cut(first, rows, last)
-        self._above: dict[str, Any] = {}
+        self._before: tuple[_Step, Future[NDArray[np.float32]]] | None = None
 
-    def feed(self, pieces: Iterable[NDArray[np.float32]], *, is_last: bool) -> Iterator[NDArray[np.float32]]:
-        """What the next rows bring, (C, h, W) at a time -> (C', h', W') at a time; of the last, `is_last`, all."""
+    def feed(self, pieces: Iterable[Promised], *, is_last: bool) -> Iterator[Promised]:
+        """What the next rows will bring; of the last, `is_last`, all. Computes what has been taken from the iterator.
+
+        Raises nothing of what happens in the lanes, where the values do: OutOfMemory where ncnn has no memory.
+        """
         for piece in pieces:
             for strip in self._cut.add(piece):
-                yield self._made(strip, is_last=False)
+                yield self._begun(strip, is_last=False)
         if is_last:
             *before, last = self._cut.end()
             for strip in before:
-                yield self._made(strip, is_last=False)
-            yield self._made(last, is_last=True)
+                yield self._begun(strip, is_last=False)
+            yield self._begun(last, is_last=True)
 
-    def _made(self, strip: NDArray[np.float32], *, is_last: bool) -> NDArray[np.float32]:
-        made, self._above = _Step(self._strips, strip, self._above, is_last=is_last).run(self._on_step)
-        return made
+    def _begun(self, strip: list[_Part], *, is_last: bool) -> Promised:
+        above, behind = self._before or (None, None)
+        rows = sum(part.rows for part in strip)
+        step, lanes = _Step(self._strips, rows, self._width, above, is_last=is_last), self._lanes
+
+        def work() -> NDArray[np.float32]:
+            given = np.concatenate([part.values() for part in strip], axis=1)
+            # It may be all that holds what they are parts of.
+            strip.clear()
+            return step.run(given, lanes)
+
+        made = lanes.add(work, after=[part.source for part in strip], behind=behind)
+        self._before = step, made
+        return Promised(step.rows_made, made)
 
 
 @dataclass(frozen=True)
@@ -397,6 +424,22 @@ def _takes_all(layer: _Window, kept: _Kept) -> bool:
     return layer.rows - 1 == kept.rows and layer.above == kept.zeros
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Some of the rows that come."""
+
+    source: Future[NDArray[np.float32]]
+    top: int
+    bottom: int
+
+    @property
+    def rows(self) -> int:
+        return self.bottom - self.top
+
+    def values(self) -> NDArray[np.float32]:
+        return self.source.result()[:, self.top : self.bottom]
+
+
 class _Cut:
     """Pieces of any height become strips: the first of `first` rows, then `rows` each; the last of 1 to `last`, unless
     it is the first too."""
@@ -404,61 +447,58 @@ class _Cut:
     def __init__(self, first: int, rows: int, last: int) -> None:
         self._rows, self._most_last = rows, last
         self._wanted = first
-        self._held: list[NDArray[np.float32]] = []
+        self._held: list[_Part] = []
         self._ready = 0
 
-    def add(self, piece: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
+    def add(self, piece: Promised) -> Iterator[list[_Part]]:
         """The strips that are complete now, and of which none is the last."""
-        self._held.append(piece)
-        self._ready += piece.shape[1]
-        del piece
+        self._held.append(_Part(piece.values, 0, piece.rows))
+        self._ready += piece.rows
         while self._ready > self._wanted:
             yield self._taken(self._wanted)
             self._wanted = self._rows
-        # A copy of the few rows that are left: they would keep all that they came with.
-        self._held[-1] = self._held[-1].copy()
 
-    def end(self) -> Iterator[NDArray[np.float32]]:
+    def end(self) -> Iterator[list[_Part]]:
         """No more comes: what is left, as one strip or two."""
         if self._wanted == self._rows and self._ready > self._most_last:
             yield self._taken(self._ready - self._most_last)
         yield self._taken(self._ready)
 
-    def _taken(self, count: int) -> NDArray[np.float32]:
-        """So many rows, copied: of what was handed in nothing is held that has gone on."""
+    def _taken(self, count: int) -> list[_Part]:
         self._ready -= count
         parts = []
         while count:
-            parts.append(self._held[0][:, :count])
-            count -= parts[-1].shape[1]
-            self._held[0] = self._held[0][:, parts[-1].shape[1] :]
-            if not self._held[0].shape[1]:
-                del self._held[0]
-        return np.concatenate(parts, axis=1)
+            part = self._held.pop(0)
+            if part.rows > count:
+                self._held.insert(0, replace(part, top=part.top + count))
+                part = replace(part, bottom=part.top + count)
+            count -= part.rows
+            parts.append(part)
+        return parts
 
 
 class _Step:
     """One strip on its way through Strips: fewer rows come out of the first, which has `first_rows` at least unless it
     is the last too; as many of those in the middle, more of the last."""
 
-    def __init__(self, strips: Strips, rows: NDArray[np.float32], above: dict[str, Any], *, is_last: bool) -> None:
-        self._strips, self._is_first, self._is_last = strips, not above, is_last
-        self._extractor = (strips._to_the_end if is_last else strips._onward).create_extractor()
-        # ncnn reads them where they lie: they have to live as long as the extractor.
-        self._held: list[NDArray[Any]] = []
-        self._above = above
-        self._width = rows.shape[2]
-        self._rows = {"x": rows.shape[1]}
-        self._give("x", np.ascontiguousarray(rows, np.float32))
+    def __init__(self, strips: Strips, rows: int, width: int, above: _Step | None, *, is_last: bool) -> None:
+        self._strips, self._width = strips, width
+        self._is_first, self._is_last = above is None, is_last
+        self._above = {} if above is None else above._kept
+        self._kept: dict[str, Future[Any]] = {name: Future() for name in strips.inputs}
+        """What the strip below goes on with. It takes each of them out, when it comes to wait for it."""
+        self._owed = dict(self._kept)
+        self._places: dict[str, NDArray[np.int32]] = {}
+        self._rows = {"x": rows}
         for layer in strips._layers:
             self._count(layer)
 
-    def _give(self, name: str, values: NDArray[Any]) -> None:
-        self._held.append(values)
-        self._extractor.input(name, ncnn.Mat(values))
+    @property
+    def rows_made(self) -> int:
+        return self._rows[self._strips.output.name]
 
     def _count(self, layer: _Layer) -> None:
-        """Follows how many rows each blob has in this step, and gives every crop its place."""
+        """Follows how many rows each blob has in this step, and where every crop has its place."""
         name = layer.output.name
         if isinstance(layer, _Window | _Late):
             (blob,) = layer.inputs
@@ -479,12 +519,6 @@ class _Step:
             (source, *_) = layer.inputs
             self._rows[name] = self._rows[source.name] * layer.output.grid // source.grid
         if kept := self._strips.inputs.get(name):
-            if self._is_first:
-                shape = (kept.blob.channels, kept.zeros, self._width * kept.blob.grid)
-                self._give(kept.name, np.zeros(shape, np.float32))
-            else:
-                # Given away: ncnn lets go of it as soon as it was read, and what is kept now may lie in the same place.
-                self._extractor.input(kept.name, self._above.pop(name))
             whole = self._rows[name] + self._rows_above(name)
             # Of the last strip nothing is kept: one row is asked for, to go through it in steps.
             rows = 1 if self._is_last else kept.rows
@@ -497,19 +531,53 @@ class _Step:
     def _place(self, name: str, blob: Blob, top: int, rows: int) -> None:
         # Left, top, first channel, width, height, channels.
         place = [0, top, 0, self._width * blob.grid, rows, blob.channels]
-        self._give(f"{name}_place", np.array(place, np.int32))
+        self._places[name] = np.array(place, np.int32)
 
-    def run(self, on_step: Callable[[], None]) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """What the strip brings of the output, (C', h', W'), and what is kept for the one below."""
-        kept: dict[str, Any] = {}
+    def run(self, rows: NDArray[np.float32], lanes: Lanes) -> NDArray[np.float32]:
+        """rows: (C, h, W), as many as were told -> (C', `rows_made`, W')."""
+        try:
+            return self._run(rows, lanes)
+        except BaseException:
+            # Each its own: what is raised holds on to all that it passes.
+            for each in self._owed.values():
+                each.set_exception(Stopped())
+            raise
+
+    def _run(self, rows: NDArray[np.float32], lanes: Lanes) -> NDArray[np.float32]:
+        extractor = (self._strips._to_the_end if self._is_last else self._strips._onward).create_extractor()
+        # ncnn reads them where they lie: they have to live as long as the extractor.
+        held: list[NDArray[Any]] = []
+
+        def give(name: str, values: NDArray[Any]) -> None:
+            held.append(values)
+            extractor.input(name, ncnn.Mat(values))
+
+        def take(name: str, *, packed: bool) -> Any:
+            status, values = extractor.extract(name, int(packed))
+            if status != 0:
+                raise OutOfMemory("ncnn has no memory for a strip of the picture.", blob=name, status=status)
+            return values
+
+        give("x", np.ascontiguousarray(rows, np.float32))
+        for name, place in self._places.items():
+            give(f"{name}_place", place)
         # In the order of the layers: what is asked for late would be computed again.
-        for name in self._strips.inputs:
-            kept[name] = self._take(f"{name}_kept", packed=True)
-            on_step()
-        return np.array(self._take(self._strips.output.name, packed=False)), kept
+        for name, kept in self._strips.inputs.items():
+            if lanes.is_closed:
+                raise Stopped
+            if self._is_first:
+                shape = (kept.blob.channels, kept.zeros, self._width * kept.blob.grid)
+                give(kept.name, np.zeros(shape, np.float32))
+            else:
+                # Given away: ncnn lets go of it as soon as it was read, and what is kept now may lie in the same place.
+                extractor.input(kept.name, self._above.pop(name).result())
+            kept_now = take(f"{name}_kept", packed=True)
+            # Nobody asks the last strip, and what nobody takes out could outlive the pool that it lies in.
+            if not self._is_last:
+                self._owed.pop(name).set_result(kept_now)
+            del kept_now
+        return np.array(take(self._strips.output.name, packed=False))
 
-    def _take(self, name: str, *, packed: bool) -> Any:
-        status, values = self._extractor.extract(name, int(packed))
-        if status != 0:
-            raise OutOfMemory("ncnn has no memory for a strip of the picture.", blob=name, status=status)
-        return values
+
+class Stopped(Exception):
+    """The lanes were closed, or the strip above has failed."""

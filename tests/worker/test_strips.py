@@ -350,7 +350,8 @@ def test_memory_in_strips_is_as_estimated(
     for _ in network.rows(pieces(picture(height, width), 16)):
         pass
     estimated = network.strips_bytes(width)
-    assert estimated / 1.5 < pool.most_held_bytes < estimated * 1.5, (
+    # Two lanes need not take their most at the same moment.
+    assert estimated / lanes / 1.5 < pool.most_held_bytes < estimated * 1.5, (
         f"{pool.most_held_bytes / 1e6:.1f} MB, estimated {estimated / 1e6:.1f}"
     )
 

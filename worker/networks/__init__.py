@@ -297,7 +297,8 @@ class Network:
         # So many that on the output's grid, where most of the work is, they are a multiple of what is made at once.
         step = WINOGRAD_ROWS // math.gcd(WINOGRAD_ROWS, each.output.grid)
         px = (STRIP_PX if each is self._strips[0] else LATER_STRIP_PX) * min(self._strips_threads, STRIP_THREADS)
-        least = 2 * step if lane_count() <= FEW_LANES else step
+        is_cheap = each is self._strips[0] or width <= STRIP_COLUMNS // 2
+        least = 2 * step if is_cheap and lane_count() <= FEW_LANES else step
         return max(least, px // width // step * step)
 
     def __call__(self, tile: Tensor, *, keep: Keep | None = None, half: bool = False) -> Tensor:

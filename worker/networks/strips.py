@@ -4,8 +4,8 @@ Two things make it fast. ncnn computes 3x3 convolutions by Winograd's method, F(
 https://arxiv.org/abs/1509.09308): 5 times fewer multiplications than a matrix product needs, and so above what the
 same cores can do in a matrix product. And nothing is computed twice: every layer keeps the last rows it was given
 (a 3x3 convolution two), sets them above the next strip's, and so goes on where it stopped. A layer is late by the rows
-it sees below its own; the last strip brings what is left. The strips are small enough for the processor's cache, and
-the memory does not depend on the picture's height.
+it sees below its own; the last strip brings what is left. The strips are small enough for the cache of one core, each
+core has one of its own (`worker.networks.lanes`), and the memory does not depend on the picture's height.
 
     graph = Graph()
     strips = Strips(graph, graph.conv(graph.input(3), weight, bias), threads=1)
@@ -174,7 +174,7 @@ def _bytes(values: Tensor) -> bytes:
 
 
 class Strips:
-    """A Graph made ready to run with so many threads. Not for two threads at once."""
+    """A Graph made ready to run, each strip by so many threads, any number of strips at once."""
 
     def __init__(self, graph: Graph, output: Blob, *, threads: int, pool: Pool | None = None) -> None:
         if ncnn is None:

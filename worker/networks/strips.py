@@ -576,7 +576,8 @@ class _Step:
             if not self._is_last:
                 self._owed.pop(name).set_result(kept_now)
             del kept_now
-        return np.array(take(self._strips.output.name, packed=False))
+        # Where it lies, in the pool.
+        return np.asarray(take(self._strips.output.name, packed=False))
 
 
 class Stopped(Exception):

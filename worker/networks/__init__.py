@@ -224,6 +224,8 @@ class Network:
                 columns = slice((keep.start - read.start) * self.scale, (keep.stop - read.start) * self.scale)
                 drawn = [finished[index](self._awaited(each)) for each in promised]
                 made = [convert(piece[:, :, columns]) for piece in drawn if piece.shape[1]]
+                # Not while the next is waited for.
+                del drawn, promised
                 if not made:
                     continue
                 if index == 0:

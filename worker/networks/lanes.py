@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -15,12 +16,15 @@ Made = TypeVar("Made")
 class _Task:
     work: Callable[[], Any]
     after: Sequence[Future[Any]]
-    behind: Future[Any] | None
+    behind: weakref.ref[Future[Any]] | None
+    """Weak, lest what was made stays for longer than somebody wants it."""
     made: Future[Any]
 
     @property
     def may_begin(self) -> bool:
-        begun = self.behind is None or self.behind.running() or self.behind.done()
+        # The lanes hold one that has not begun.
+        behind = None if self.behind is None else self.behind()
+        begun = behind is None or behind.running() or behind.done()
         return begun and all(each.done() for each in self.after)
 
 
@@ -53,7 +57,7 @@ class Lanes:
                 ]
                 for thread in self._threads:
                     thread.start()
-            self._waiting.append(_Task(work, after, behind, made))
+            self._waiting.append(_Task(work, after, None if behind is None else weakref.ref(behind), made))
             self._changed.notify()
         return made
 

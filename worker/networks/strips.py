@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -282,7 +283,9 @@ class Passage:
         self._strips, self._width, self._lanes = strips, width, lanes
         first, last = strips._first_and_last(rows)
         self._cut = _Cut(first, rows, last)
-        self._before: tuple[_Step, Future[NDArray[np.float32]]] | None = None
+        self._above: _Step | None = None
+        self._behind: Callable[[], Future[NDArray[np.float32]] | None] = lambda: None
+        """The last strip's Future, as long as somebody else wants it: what it made is large."""
 
     def feed(self, pieces: Iterable[Promised], *, is_last: bool) -> Iterator[Promised]:
         """What the next rows will bring; of the last, `is_last`, all. Computes what has been taken from the iterator.
@@ -299,9 +302,8 @@ class Passage:
             yield self._begun(last, is_last=True)
 
     def _begun(self, strip: list[_Part], *, is_last: bool) -> Promised:
-        above, behind = self._before or (None, None)
         rows = sum(part.rows for part in strip)
-        step, lanes = _Step(self._strips, rows, self._width, above, is_last=is_last), self._lanes
+        step, lanes = _Step(self._strips, rows, self._width, self._above, is_last=is_last), self._lanes
 
         def work() -> NDArray[np.float32]:
             given = np.concatenate([part.values() for part in strip], axis=1)
@@ -309,8 +311,8 @@ class Passage:
             strip.clear()
             return step.run(given, lanes)
 
-        made = lanes.add(work, after=[part.source for part in strip], behind=behind)
-        self._before = step, made
+        made = lanes.add(work, after=[part.source for part in strip], behind=self._behind())
+        self._above, self._behind = step, weakref.ref(made)
         return Promised(step.rows_made, made)
 
 

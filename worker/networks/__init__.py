@@ -243,17 +243,14 @@ class Network:
                 if each.pool.held_bytes > POOL_KEPT_BYTES:
                     each.pool.clear()
 
-    def _part(
-        self, pieces: Iterable[NDArray[np.float32]], columns: slice, widest: int, lanes: Lanes
-    ) -> Iterator[list[Promised]]:
-        """What the strips will make of some columns: of each strip of the first graph all that it brings, and at last
-        what is left."""
+    def _part(self, pieces: Iterable[NDArray[np.float32]], columns: slice, widest: int, lanes: Lanes) -> Iterator[Turn]:
+        """What the strips will make of some columns, turn by turn."""
         width, passages = columns.stop - columns.start, list[Passage]()
         for each in self._ready_strips():
             passages.append(each.passage(width, rows=self._strip_rows(each, widest), lanes=lanes))
             width *= each.output.grid
 
-        def through(made: Iterable[Promised], *, is_last: bool) -> list[Promised]:
+        def through(made: Iterable[Promised], *, is_last: bool) -> Turn:
             for passage in passages[1:]:
                 made = passage.feed(made, is_last=is_last)
             return list(made)
@@ -379,6 +376,7 @@ def lane_count() -> int:
 
 
 Turn = list[Promised]
+"""Of some columns all that one strip of the first graph brings, or at last what is left."""
 
 
 def _ahead(parts: Sequence[Iterator[Turn]], count: int) -> Iterator[tuple[int, Turn]]:

@@ -120,8 +120,9 @@ class Pool(ncnn.UnlockedPoolAllocator if ncnn is not None else object):  # type:
 
     def fastFree(self, pointer: Any) -> None:
         self._given_back.append(_address_in(pointer, None))
-        # Python may collect garbage, and ncnn's with it, in the midst of any of these methods.
-        if self._lock.acquire(blocking=False):
+        # Python may collect garbage, and ncnn's with it, in the midst of any of these methods. Who has the lock
+        # meanwhile looks again after giving it up, here or when what it has allocated is freed.
+        while self._given_back and self._lock.acquire(blocking=False):
             try:
                 self._take_back()
             finally:

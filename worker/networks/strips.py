@@ -574,7 +574,7 @@ class _Step:
                 # Given away: ncnn lets go of it as soon as it was read, and what is kept now may lie in the same place.
                 extractor.input(kept.name, self._above.pop(name).result())
             kept_now = take(f"{name}_kept", packed=True)
-            # Nobody asks the last strip, and what nobody takes out could outlive the pool that it lies in.
+            # Nobody asks the last strip: it would lie in the pool until the passage goes.
             if not self._is_last:
                 self._owed.pop(name).set_result(kept_now)
             del kept_now

@@ -178,7 +178,12 @@ class Network:
         kept = sum(each.kept_bytes_per_column for each in self._ready_strips())
         # Each lane computes one strip of one part and one graph.
         computing = max(each.bytes_per_column(self._strip_rows(each, max(read))) for each in self._ready_strips())
-        return sum(read) * kept + max(read) * computing * lane_count()
+        # What the graphs have made of a strip waits in the pool, for as many turns as are planned ahead.
+        waiting, grid = 0, 1
+        for each in self._ready_strips():
+            grid *= each.output.grid
+            waiting += 4 * each.output.channels * grid**2 * self._strip_rows(self._strips[0], max(read))
+        return sum(read) * kept + max(read) * (computing + waiting) * lane_count()
 
     def columns(self, width: int) -> list[tuple[slice, slice]]:
         """The columns whose result each part of a picture so wide keeps, and those that it reads.

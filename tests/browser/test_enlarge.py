@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
 from shared import jobs
 from shared.db import clock
@@ -381,6 +381,8 @@ def test_a_lost_connection_is_told_and_mends_itself(site: Site, open_page: Calla
         "ERR_INCOMPLETE_CHUNKED",
         "ERR_EMPTY_RESPONSE",
         "ERR_CONNECTION_RESET",
+        # Where it goes in the midst of a picture of the list.
+        "ERR_CONTENT_LENGTH_MISMATCH",
     ]
     page = watched.page
     hand_in(page)
@@ -398,6 +400,31 @@ def test_a_lost_connection_is_told_and_mends_itself(site: Site, open_page: Calla
     expect(page.locator("#job-connection")).to_have_text("")
     site.succeed(claim)
     expect(page.locator("#job-status")).to_have_text("Done")
+
+
+def test_a_picture_of_the_list_that_did_not_come_is_asked_for_again(
+    site: Site, open_page: Callable[..., Watched]
+) -> None:
+    key_id, _ = site.key("jobs")
+    watched = open_page(key_id)
+    watched.expected = ["ERR_CONNECTION_RESET"]
+    page = watched.page
+    asked: list[str] = []
+
+    def lost_once(route: Route) -> None:
+        asked.append(route.request.url)
+        if len(asked) == 1:
+            route.abort("connectionreset")
+        else:
+            route.continue_()
+
+    page.route("**/thumbnail?of=input", lost_once)
+    hand_in(page)
+    expect(page.locator("#job-step")).to_contain_text("Waiting")
+    claim = site.claim(site.newest_job().id)
+    site.progress(claim, 1, 3)
+    expect(page.locator("#mine li .thumb img")).to_be_visible()
+    assert len(asked) == 2
 
 
 def test_pictures_are_dropped_and_pasted_and_each_becomes_a_job(site: Site, open_page: Callable[..., Watched]) -> None:

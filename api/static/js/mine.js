@@ -11,6 +11,7 @@ function place(job) {
 const PAGE = 24;
 const BUSY_MS = 2000;
 const IDLE_MS = 15000;
+const THUMB_TRIES = 3;
 
 export class Mine {
   #items = new Map();
@@ -135,7 +136,12 @@ export class Mine {
     kind.textContent = job.input.format;
     show(false);
     image.onload = () => show(true);
-    image.onerror = () => show(false);
+    image.onerror = () => {
+      show(false);
+      // Forgotten, so that the list asks again when it is next laid: a connection that was lost comes back.
+      image.dataset.tries = Number(image.dataset.tries ?? 0) + 1;
+      if (image.dataset.tries < THUMB_TRIES) delete image.dataset.source;
+    };
     if (source) image.src = source;
   }
 

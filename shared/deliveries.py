@@ -12,6 +12,7 @@ Each write after `claim` names the number of the try: the same fence as a job's 
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import hmac
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import delete, or_, select, update
+from sqlalchemy import Select, bindparam, delete, or_, select, update
 from sqlalchemy.orm import Session
 
 from shared.db import new_id
@@ -316,13 +317,19 @@ def _addresses(session: Session, owner_key_id: str, own_url: str | None, event_t
     """`own_url`, where there is one, and the key's standing endpoints that want this event."""
     # Held until the caller commits: an endpoint deleted between this look and the new row, which names it, would
     # fail the whole transaction, and with it a job's end.
-    standing = session.scalars(
-        select(Endpoint)
-        .where(Endpoint.owner_key_id == owner_key_id, Endpoint.disabled_at.is_(None))
-        .with_for_update(read=True, key_share=True)
-    )
+    standing = session.scalars(_standing(), {"owner_key_id": owner_key_id})
     own = [_Address(own_url, owner_key_id, None)] if own_url else []
     return own + [_Address.of(endpoint) for endpoint in standing if event_type in endpoint.events]
+
+
+@functools.cache
+def _standing() -> Select[Endpoint]:
+    # Put together once: each step of each job asks.
+    return (
+        select(Endpoint)
+        .where(Endpoint.owner_key_id == bindparam("owner_key_id"), Endpoint.disabled_at.is_(None))
+        .with_for_update(read=True, key_share=True)
+    )
 
 
 def _payload(event_type: str, data: Mapping[str, Any], now: datetime) -> dict[str, Any]:

@@ -24,8 +24,23 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, Select, bindparam, delete, exists, func, insert, literal, select, update
+from sqlalchemy import (
+    BindParameter,
+    ColumnElement,
+    Insert,
+    Row,
+    Select,
+    bindparam,
+    delete,
+    exists,
+    func,
+    insert,
+    literal,
+    select,
+    update,
+)
 from sqlalchemy.orm import Session
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from shared import deliveries, queries
 from shared.db import UtcDateTime, new_id
@@ -53,6 +68,8 @@ from shared.models import (
     Shard,
     Worker,
 )
+
+_NOW = bindparam("now", type_=UtcDateTime)
 
 RETRYABLE_STATES = (JobState.FAILED, JobState.CANCELED, JobState.EXPIRED)
 
@@ -223,11 +240,34 @@ def claim(
     One UPDATE, then one INSERT. None where there is nothing to take: a duplicate message, a job that is canceled,
     not due yet, past its deadline or out of attempts, a queue that is paused, a worker that is drained.
     """
-    row = session.execute(
+    claiming = {
+        "claimed_id": job_id,
+        "claimer_id": worker_id,
+        "claimer_device": device,
+        "now": now,
+        "leased_until": now + timedelta(seconds=lease_seconds),
+    }
+    row = session.execute(_claiming(), claiming).one_or_none()
+    if row is None:
+        return None
+    attempt = {"job_id": job_id, "number": row.attempt, "worker_id": worker_id, "device": device, "started_at": now}
+    session.execute(_beginning(), attempt)
+    job = session.get_one(Job, job_id, populate_existing=True)
+    deliveries.owe(session, job, "job.started", now)
+    return Claim(job_id, row.attempt, announces_progress=deliveries.wants(session, job, "job.progress"))
+
+
+# Statements of the claim are put together once: that takes twice as long as SQLite takes to run one.
+
+
+@functools.cache
+def _claiming() -> ReturningUpdate[int]:
+    worker_id: BindParameter[str] = bindparam("claimer_id")
+    return (
         update(Job)
         .where(
-            Job.id == job_id,
-            *_due(now),
+            Job.id == bindparam("claimed_id"),
+            *queries.due(_NOW),
             ~exists().where(Worker.id == worker_id, Worker.drained_at.is_not(None)),
         )
         .values(
@@ -235,9 +275,9 @@ def claim(
             attempt=Job.attempt + 1,
             tries_used=Job.tries_used + 1,
             version=Job.version + 1,
-            lease_until=now + timedelta(seconds=lease_seconds),
-            started_at=func.coalesce(Job.started_at, literal(now, UtcDateTime)),
-            running_device=device,
+            lease_until=bindparam("leased_until", type_=UtcDateTime),
+            started_at=func.coalesce(Job.started_at, _NOW),
+            running_device=bindparam("claimer_device"),
             worker_id=worker_id,
             phase="claimed",
             fraction=0.0,
@@ -249,15 +289,14 @@ def claim(
             error_retryable=None,
         )
         .returning(Job.attempt)
-    ).one_or_none()
-    if row is None:
-        return None
-    session.execute(
-        insert(Attempt).values(job_id=job_id, number=row.attempt, worker_id=worker_id, device=device, started_at=now)
+        # Whoever has the row is given it anew.
+        .execution_options(synchronize_session=False)
     )
-    job = session.get_one(Job, job_id, populate_existing=True)
-    deliveries.owe(session, job, "job.started", now)
-    return Claim(job_id, row.attempt, announces_progress=deliveries.wants(session, job, "job.progress"))
+
+
+@functools.cache
+def _beginning() -> Insert:
+    return insert(Attempt)
 
 
 def next_due(
@@ -273,13 +312,13 @@ def next_due(
     nobody else would come for it.
     """
     for queue in queues:
-        first = session.execute(_first_due([queue], now).with_for_update(skip_locked=True)).one_or_none()
+        first = session.execute(_first_due((queue,), locks=True), {"now": now}).one_or_none()
         if first is None:
             continue
         found = first.id if _suits(first, runs) else _next_that_suits(session, queue, runs or (), now)
         if found is not None:
             return found
-    held = session.execute(_first_due(queues, now)).one_or_none()
+    held = session.execute(_first_due(tuple(queues)), {"now": now}).one_or_none()
     if held is None or _suits(held, runs):
         return None if held is None else held.id
     heads = (head for queue in queues for head in queries.heads(session, queue, _needs_met(runs or ()), now=now))
@@ -288,7 +327,7 @@ def next_due(
 
 def is_any_due(session: Session, queues: Sequence[str], *, now: datetime) -> bool:
     """Whether a job of these queues waits for a worker, whatever it can run. One SELECT."""
-    return session.execute(_first_due(queues, now)).one_or_none() is not None
+    return session.execute(_first_due(tuple(queues)), {"now": now}).one_or_none() is not None
 
 
 def _next_that_suits(session: Session, queue: str, runs: Collection[str], now: datetime) -> str | None:
@@ -298,9 +337,8 @@ def _next_that_suits(session: Session, queue: str, runs: Collection[str], now: d
     while beyond:
         beyond = False
         for head in queries.heads(session, queue, _needs_met(runs), now=now):
-            first = session.execute(
-                _first_due([queue], now, needs=head.needs).with_for_update(skip_locked=True)
-            ).one_or_none()
+            of_need = _first_due((queue,), needs=head.needs, locks=True)
+            first = session.execute(of_need, {"now": now}).one_or_none()
             if first is not None and _suits(first, runs):
                 return str(first.id)
             if first is not None and not first.needs:
@@ -608,10 +646,10 @@ def give_message_back(session: Session, queues: Sequence[str], *, now: datetime)
     Messages of a device's queues are worth the same, so any job that waits with one may be the one that is sent again;
     one that is about to be sent anyway may not, or two messages given back would come back as one.
     """
-    given_back = _first_due(queues, now).where(Job.published_at.is_not(None)).with_for_update()
+    given_back = _first_due(tuple(queues)).where(Job.published_at.is_not(None)).with_for_update()
     changed = session.execute(
         update(Job)
-        .where(Job.id == session.scalar(given_back), Job.state == JobState.QUEUED)
+        .where(Job.id == session.scalar(given_back, {"now": now}), Job.state == JobState.QUEUED)
         .values(published_at=None)
         .returning(Job.id)
     ).one_or_none()
@@ -626,7 +664,7 @@ def reroute(
 
     Those that have been tried stay off GPUs: memory may have run out there. A paused queue keeps its jobs.
     """
-    conditions = [*_due(now), Job.queue == source, Job.needs == needs, Job.device == "auto"]
+    conditions = [*queries.due(now), Job.queue == source, Job.needs == needs, Job.device == "auto"]
     if target.startswith("gpu."):
         conditions.append(Job.attempt == 0)
     found = session.execute(
@@ -810,15 +848,13 @@ def _start_tag_px(session: Session, owner_key_id: str, queue: str, needs: str) -
     return queries.start_tag_px(session, owner_key_id, queue, needs)
 
 
-def _due(now: datetime) -> list[ColumnElement[bool]]:
-    """What a job must be like to be claimed."""
-    return queries.due(now)
-
-
-def _first_due(queues: Sequence[str], now: datetime, *, needs: str | None = None) -> Select[str, str, str]:
-    """(id, model, needs) of the job whose turn it is, of all or of those that need this."""
-    of_queues = [Job.queue.in_(queues), *_due(now), *([] if needs is None else [Job.needs == needs])]
-    return select(Job.id, Job.model, Job.needs).where(*of_queues).order_by(Job.start_tag_px, Job.id).limit(1)
+@functools.cache
+def _first_due(queues: tuple[str, ...], *, needs: str | None = None, locks: bool = False) -> Select[str, str, str]:
+    """(id, model, needs) of the job whose turn it is `now`, of all or of those that need this. `locks`: of those that
+    nobody else holds, and held from now on."""
+    of_queues = [Job.queue.in_(queues), *queries.due(_NOW), *([] if needs is None else [Job.needs == needs])]
+    first = select(Job.id, Job.model, Job.needs).where(*of_queues).order_by(Job.start_tag_px, Job.id).limit(1)
+    return first.with_for_update(skip_locked=True) if locks else first
 
 
 def _in_batch_order(rows: Sequence[Row[*tuple[Any, ...]]]) -> list[Row[*tuple[Any, ...]]]:

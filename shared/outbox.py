@@ -335,6 +335,9 @@ def relay_due(database: Database, broker: Broker, settings: Settings, *, stoppin
     sent = 0
     while not stopping():
         with database.reading() as session:
+            if not queries.is_any_queued(session):
+                # As on most turns: what follows is ten statements, each second.
+                break
             now = clock(session)
             resend_after = {
                 name: max(

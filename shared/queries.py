@@ -850,6 +850,11 @@ def expected_wait_seconds(
     return float(work or 0.0) / max(1, serving)
 
 
+def is_any_queued(session: Session) -> bool:
+    """Whether a job waits, be it due or not."""
+    return session.scalar(select(Job.id).where(Job.state == JobState.QUEUED).limit(1)) is not None
+
+
 def unpublished(
     session: Session, *, generation: str | None, resend_after: Mapping[str, float], now: datetime, limit: int = 500
 ) -> Sequence[Job]:

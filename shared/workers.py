@@ -10,6 +10,7 @@ that a process hangs, and must not start it afresh because SQL is away.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import secrets
 import socket
@@ -22,7 +23,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import case, delete, func, insert, literal, select, update
+from sqlalchemy import BindParameter, Update, bindparam, case, delete, func, insert, literal, select, update
 from sqlalchemy.orm import Session
 
 from shared.db import Database, UtcDateTime, clock
@@ -131,15 +132,13 @@ def is_drained(session: Session, worker_id: str) -> bool:
 
 def working_on(session: Session, worker_id: str, job_id: str, *, now: datetime) -> None:
     """The process has taken this job. Belongs in the job's transaction."""
-    _change(session, worker_id, seen_at=now, current_job_id=job_id)
+    session.execute(_working(), {"of_id": worker_id, "now": now, "job_id": job_id})
 
 
 def done_with(session: Session, worker_id: str, job_id: str, *, now: datetime) -> None:
     """The process has ended this job, and may have others. Belongs in the job's transaction,
     behind what ends it."""
-    running = select(Job.id).where(Job.state == JobState.RUNNING, Job.worker_id == worker_id, Job.id != job_id)
-    other = case((Worker.current_job_id != job_id, Worker.current_job_id), else_=running.limit(1).scalar_subquery())
-    _change(session, worker_id, seen_at=now, current_job_id=other)
+    session.execute(_done(), {"of_id": worker_id, "now": now, "job_id": job_id})
 
 
 def stopped(session: Session, worker_id: str, *, samples: Samples | None = None, now: datetime) -> None:
@@ -249,6 +248,27 @@ class Presence:
                     self._on_enlist(session, now)
         except DatabaseUnavailable as error:
             log.warning("worker.not_seen", worker_id=self.facts.id, detail=error.detail)
+
+
+# Two that each attempt runs, put together once.
+
+
+@functools.cache
+def _working() -> Update:
+    return _seen_now().values(current_job_id=bindparam("job_id"))
+
+
+@functools.cache
+def _done() -> Update:
+    ended_id: BindParameter[str] = bindparam("job_id")
+    running = select(Job.id).where(Job.state == JobState.RUNNING, Job.worker_id == Worker.id, Job.id != ended_id)
+    other = case((Worker.current_job_id != ended_id, Worker.current_job_id), else_=running.limit(1).scalar_subquery())
+    return _seen_now().values(current_job_id=other)
+
+
+def _seen_now() -> Update:
+    of_worker = update(Worker).where(Worker.id == bindparam("of_id")).values(seen_at=bindparam("now"))
+    return of_worker.execution_options(synchronize_session=False)
 
 
 def _change(session: Session, worker_id: str, **values: object) -> bool:

@@ -126,9 +126,9 @@ def test_a_claim_does_not_read_the_queue(postgresql_database: Database, now: dat
         met = ("", *sorted(PLAIN))
         asked = {"queue": "cpu.interactive", "now": now}
         plans = []
-        for statement in (jobs._first_due(["cpu.interactive"], now), queries._heads(met)):
-            told = statement.compile(session.get_bind(), compile_kwargs={"render_postcompile": True})
-            explained = session.connection().exec_driver_sql(f"EXPLAIN ANALYZE {told}", {**told.params, **asked})
+        for statement in (jobs._first_due(("cpu.interactive",)), queries._heads(met)):
+            told = statement.compile(session.get_bind()).construct_expanded_state(asked)
+            explained = session.connection().exec_driver_sql(f"EXPLAIN ANALYZE {told.statement}", told.parameters)
             plans.append("\n".join(explained.scalars()))
         assert turn(session, now, PLAIN) == plain.id
     for plan, index in zip(plans, ("state_queue_start_tag_px_id", "state_queue_needs_start_tag_px_id"), strict=True):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -12,10 +10,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 Made = TypeVar("Made")
-
-NICER_BY = 5
-"""What the last picture is still to be encoded and stored for, and whoever asks the API, comes before a network that
-has the cores all the time."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +73,6 @@ class Lanes:
             thread.join()
 
     def _run(self) -> None:
-        if sys.platform == "linux":
-            # There a thread has a niceness of its own. Elsewhere the whole process would give way.
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.nice(0) + NICER_BY)
         while (task := self._next()) is not None:
             try:
                 made = task.work()

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from shared.catalog import card
 from shared.errors import BadOutput, OutOfMemory
-from worker import networks, upscale
-from worker.networks import Network, strips
+from worker import upscale
+from worker.networks import Network, rowwise, strips
 from worker.networks.architecture import Architecture
 from worker.networks.compact import Compact
 from worker.networks.lanes import Lanes
@@ -36,7 +36,7 @@ HALF_A_LEVEL = 0.5 / 255
 @pytest.fixture(autouse=True)
 def _as_with_one_thread_to_a_lane(monkeypatch: pytest.MonkeyPatch) -> None:
     # Strips are as high as a test says, whatever machine it runs on.
-    monkeypatch.setattr(networks, "STRIP_THREADS", 1)
+    monkeypatch.setattr(rowwise, "STRIP_THREADS", 1)
 
 
 def with_contrast(module: Architecture, gain: float) -> Architecture:
@@ -92,7 +92,7 @@ def whole(module: Architecture, image: NDArray[np.uint8]) -> Tensor:
 def test_in_strips_a_network_answers_as_it_does_whole(
     monkeypatch: pytest.MonkeyPatch, module: Architecture, height: int, width: int, strip_px: int
 ) -> None:
-    monkeypatch.setattr(networks, "STRIP_PX", strip_px)
+    monkeypatch.setattr(rowwise, "STRIP_PX", strip_px)
     image = picture(height, width)
     made = torch.cat(list(network_of(module).rows(pieces(image, 7))), dim=1)
     expected = whole(module, image)
@@ -116,15 +116,15 @@ def test_any_picture_in_any_strips_and_lanes_is_the_whole_one(
     module = srresnet()
     image = picture(height, width)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(networks, "STRIP_PX", strip_px)
-        patched.setattr(networks, "LATER_STRIP_PX", later_strip_px)
-        patched.setattr(networks, "lane_count", lambda: lanes)
+        patched.setattr(rowwise, "STRIP_PX", strip_px)
+        patched.setattr(rowwise, "LATER_STRIP_PX", later_strip_px)
+        patched.setattr(rowwise, "lane_count", lambda: lanes)
         made = torch.cat(list(network_of(module).rows(pieces(image, fed))), dim=1)
     assert float((made - whole(module, image)).abs().max()) < HALF_A_LEVEL
 
 
 def test_a_wide_picture_is_cut_into_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(networks, "STRIP_COLUMNS", 17)
+    monkeypatch.setattr(rowwise, "STRIP_COLUMNS", 17)
     module, image = srresnet(), picture(60, 50)
     work = plan_work(network_of(module), 50, 60, 4)
     assert work.tile_count == 3 * work.band_count
@@ -134,12 +134,12 @@ def test_a_wide_picture_is_cut_into_columns(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_parts_that_wait_hold_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(networks, "STRIP_COLUMNS", 50)
+    monkeypatch.setattr(rowwise, "STRIP_COLUMNS", 50)
     module = srresnet()
     columns, rows = 50 + 2 * module.reach_px, 60
-    monkeypatch.setattr(networks, "STRIP_PX", columns * rows)
-    monkeypatch.setattr(networks, "LATER_STRIP_PX", columns * 6)
-    monkeypatch.setattr(networks, "lane_count", lambda: 1)
+    monkeypatch.setattr(rowwise, "STRIP_PX", columns * rows)
+    monkeypatch.setattr(rowwise, "LATER_STRIP_PX", columns * 6)
+    monkeypatch.setattr(rowwise, "lane_count", lambda: 1)
     network, image = network_of(module), picture(300, 400)
     assert len(network.columns(400)) == 8
     # Between the graphs and behind them, of one strip of one part.
@@ -208,7 +208,7 @@ def test_ncnn_without_memory_is_out_of_memory(monkeypatch: pytest.MonkeyPatch) -
             return -100, None
 
     network = network_of(srresnet())
-    for each in network._ready_strips():
+    for each in network._rowwise.strips():
         monkeypatch.setattr(each, "_to_the_end", type("Net", (), {"create_extractor": lambda self: Empty()})())
     with pytest.raises(OutOfMemory, match="no memory for a strip"):
         list(network.rows(pieces(picture(8, 8), 8)))
@@ -248,8 +248,8 @@ def test_a_shard_in_strips_is_what_it_is_in_the_whole_to_one_level(
     monkeypatch: pytest.MonkeyPatch, module: Architecture, columns: int
 ) -> None:
     width = 24
-    monkeypatch.setattr(networks, "STRIP_PX", width * 12)
-    monkeypatch.setattr(networks, "STRIP_COLUMNS", columns)
+    monkeypatch.setattr(rowwise, "STRIP_PX", width * 12)
+    monkeypatch.setattr(rowwise, "STRIP_COLUMNS", columns)
     network = network_of(module)
     height = network.reach_px + 90
     image = picture(height, width)
@@ -318,10 +318,10 @@ def test_who_stops_leaves_no_lane_and_no_memory_in_use() -> None:
     before = threading.enumerate()
     next(rows)
     running = [each for each in threading.enumerate() if each not in before]
-    assert len(running) == networks.lane_count()
+    assert len(running) == rowwise.lane_count()
     rows.close()
     assert not any(each.is_alive() for each in running)
-    (pool,) = {each.pool for each in network._ready_strips()}
+    (pool,) = {each.pool for each in network._rowwise.strips()}
     # What a strip had ready for the one below that never came goes with them.
     gc.collect()
     assert pool.in_use_bytes == 0
@@ -332,7 +332,7 @@ def test_who_stops_leaves_no_lane_and_no_memory_in_use() -> None:
 )
 def test_threads_are_spread_over_lanes(monkeypatch: pytest.MonkeyPatch, threads: int, lanes: int, each: int) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert (networks.lane_count(), networks.lane_threads()) == (lanes, each)
+    assert (rowwise.lane_count(), rowwise.lane_threads()) == (lanes, each)
 
 
 def test_a_picture_too_wide_for_the_memory_is_cut_into_tiles() -> None:
@@ -348,12 +348,12 @@ def test_a_picture_too_wide_for_the_memory_is_cut_into_tiles() -> None:
 def test_memory_in_strips_is_as_estimated(
     monkeypatch: pytest.MonkeyPatch, module: Architecture, columns: int, lanes: int
 ) -> None:
-    monkeypatch.setattr(networks, "STRIP_COLUMNS", columns)
-    monkeypatch.setattr(networks, "STRIP_PX", 12 * columns)
-    monkeypatch.setattr(networks, "LATER_STRIP_PX", 6 * columns)
-    monkeypatch.setattr(networks, "lane_count", lambda: lanes)
+    monkeypatch.setattr(rowwise, "STRIP_COLUMNS", columns)
+    monkeypatch.setattr(rowwise, "STRIP_PX", 12 * columns)
+    monkeypatch.setattr(rowwise, "LATER_STRIP_PX", 6 * columns)
+    monkeypatch.setattr(rowwise, "lane_count", lambda: lanes)
     network, width, height = network_of(module), 400, 60
-    (pool,) = {each.pool for each in network._ready_strips()}
+    (pool,) = {each.pool for each in network._rowwise.strips()}
     for _ in network.rows(pieces(picture(height, width), 16)):
         pass
     estimated = network.strips_bytes(width)
@@ -365,7 +365,7 @@ def test_memory_in_strips_is_as_estimated(
 
 def test_the_parts_of_a_very_wide_picture_are_narrower_but_waste_little() -> None:
     network = network_of(srresnet())
-    two_parts = network.strips_bytes(2 * networks.STRIP_COLUMNS)
+    two_parts = network.strips_bytes(2 * rowwise.STRIP_COLUMNS)
     for width in (5_657, 8_000, 16_375, 30_000):
         spans = network.columns(width)
         assert sum(read.stop - read.start for _, read in spans) <= 1.10 * width
@@ -394,10 +394,10 @@ def test_an_answer_that_cannot_be_right_is_refused(
 
 
 def test_bands_of_a_plan_in_strips_are_about_as_large_as_asked() -> None:
-    made = plan_strips(100, 1000, band_px=5_000, columns=networks.strip_columns(100, 1, 9))
+    made = plan_strips(100, 1000, band_px=5_000, columns=rowwise.strip_columns(100, 1, 9))
     assert [band.region.height for band in made.bands] == [50] * 20
     assert (made.halo_px, made.tile_px, made.waste) == (0, 100, 1.0)
-    wide = plan_strips(8000, 3, band_px=5_000, columns=networks.strip_columns(8000, 4, 40))
+    wide = plan_strips(8000, 3, band_px=5_000, columns=rowwise.strip_columns(8000, 4, 40))
     assert [band.region.height for band in wide.bands] == [1, 1, 1]
     assert [(tile.keep.width, tile.read.width) for tile in wide.bands[0].tiles] == [
         (2000, 2040),

@@ -31,9 +31,8 @@ class Resampling(Architecture):
             reach_px=radius,
             # Down over the input, then across over rows that are `scale` times as many.
             body_multiply_adds=3 * taps * (scale + scale**2),
-            # Across over rows that are `scale` times as many: those, their phases, of which oneDNN makes 16 at least,
-            # and the result.
-            bytes_per_px=4 * 3 * (4 + 17 * scale + scale**2),
+            # Across over rows that are `scale` times as many: those, their phases, and the result.
+            bytes_per_px=4 * 3 * (4 + (1 + max(scale, _phases_at_once())) * scale + scale**2),
         )
         centres = [(phase + 0.5) / scale - 0.5 for phase in range(scale)]
         rows = [[kernel(centre - offset) for offset in range(-radius, radius + 1)] for centre in centres]
@@ -52,6 +51,11 @@ class Resampling(Architecture):
         weight = F.conv2d(x.new_ones(1, 1, 1, width), taps, padding=padding)
         phases = F.conv2d(x.reshape(-1, 1, height, width), taps, padding=padding) / weight
         return phases.permute(0, 2, 3, 1).reshape(*x.shape[:3], width * self.scale)
+
+
+def _phases_at_once() -> int:
+    """oneDNN makes as many channels, at least, as a register holds."""
+    return 16 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 8
 
 
 def bicubic(_weights: bytes, scale: int) -> Resampling:

@@ -74,7 +74,8 @@ class JobSettings(Asked):
     )
     classify: bool = Field(False, description="Also say what the picture shows: `labels`, the five likeliest.")
     format: Literal["auto", "png", "jpeg", "webp", "tiff", "avif"] = Field(
-        "auto", description="Of the result. `auto`: JPEG in, JPEG out; WebP in, WebP out where it fits; all else PNG."
+        "auto",
+        description="Of the result. `auto`: JPEG in, JPEG out; WebP in, WebP out where it surely fits; all else PNG.",
     )
     quality: int = Field(95, ge=1, le=100, description="Of lossy formats.")
     lossless: bool = Field(False, description="WebP and AVIF without loss.")

@@ -309,8 +309,13 @@ def check_size(
     return width, height
 
 
+SURE_WEBP_PX = 150_000_000
+"""Of more, VP8 may have no room for how its blocks are predicted (RFC 6386, section 9.1), which shows at the very end
+of encoding."""
+
+
 def output_format(requested: str, input_format: str, out_width: int, out_height: int, *, lossless: bool = False) -> str:
-    """The concrete format of a result. `auto` keeps JPEG and WebP where they can hold the size (and, asked for
+    """The concrete format of a result. `auto` keeps JPEG and WebP where they are sure to hold it (and, asked for
     `lossless`, where they can do that); all else becomes PNG. Raises UnsupportedFormat for one we do not write."""
     if requested != "auto":
         if not format_named(requested).written:
@@ -322,7 +327,9 @@ def output_format(requested: str, input_format: str, out_width: int, out_height:
         return requested
     if input_format in ("jpeg", "webp"):
         same = format_named(input_format)
-        if max(out_width, out_height) <= same.largest_side_px and not (lossless and same.lossless == "never"):
+        is_unsure = same.name == "webp" and not lossless and out_width * out_height > SURE_WEBP_PX
+        holds_size = max(out_width, out_height) <= same.largest_side_px and not is_unsure
+        if holds_size and not (lossless and same.lossless == "never"):
             return same.name
     return "png"
 

@@ -333,6 +333,14 @@ def test_auto_and_lossless_of_a_jpeg_is_png() -> None:
     assert pictures.output_format("auto", "webp", 10, 10, lossless=True) == "webp"
 
 
+def test_auto_keeps_webp_only_where_its_encoder_is_sure_to_come_to_an_end() -> None:
+    """VP8 has 512 kB for how blocks are predicted; one without them loses nothing."""
+    assert pictures.output_format("auto", "webp", 15_000, 10_000) == "webp"
+    assert pictures.output_format("auto", "webp", 15_000, 10_001) == "png"
+    assert pictures.output_format("auto", "webp", 15_000, 10_001, lossless=True) == "webp"
+    assert pictures.output_format("webp", "webp", 15_000, 10_001) == "webp"
+
+
 @pytest.mark.parametrize("format", ["gif", "bmp", "heic"])
 def test_formats_we_do_not_write_are_refused_as_results(format: str) -> None:
     with pytest.raises(UnsupportedFormat):

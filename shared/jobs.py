@@ -27,7 +27,6 @@ from typing import Any
 from sqlalchemy import (
     BindParameter,
     ColumnElement,
-    Insert,
     Row,
     Select,
     bindparam,
@@ -251,17 +250,15 @@ def claim(
     if row is None:
         return None
     attempt = {"job_id": job_id, "number": row.attempt, "worker_id": worker_id, "device": device, "started_at": now}
-    session.execute(_beginning(), attempt)
+    session.execute(insert(Attempt), attempt)
     job = session.get_one(Job, job_id, populate_existing=True)
     deliveries.owe(session, job, "job.started", now)
     return Claim(job_id, row.attempt, announces_progress=deliveries.wants(session, job, "job.progress"))
 
 
-# Statements of the claim are put together once: that takes twice as long as SQLite takes to run one.
-
-
 @functools.cache
 def _claiming() -> ReturningUpdate[int]:
+    # As `_first_due`, put together once: that takes longer than SQLite takes to run it.
     worker_id: BindParameter[str] = bindparam("claimer_id")
     return (
         update(Job)
@@ -292,11 +289,6 @@ def _claiming() -> ReturningUpdate[int]:
         # Whoever has the row is given it anew.
         .execution_options(synchronize_session=False)
     )
-
-
-@functools.cache
-def _beginning() -> Insert:
-    return insert(Attempt)
 
 
 def next_due(

@@ -157,6 +157,26 @@ def test_parts_that_wait_hold_little(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(held) < 4 * turn_bytes
 
 
+def test_what_a_strip_makes_lies_in_the_pool() -> None:
+    graph, output = srresnet().draw()[0]
+    body = Strips(graph, output, threads=1)
+    lanes = Lanes(1)
+    try:
+        promised = list(
+            body.passage(40, rows=12, lanes=lanes).feed(map(Promised.of, pieces(picture(60, 40), 16)), is_last=True)
+        )
+        made = [each.values.result() for each in promised]
+    finally:
+        lanes.close()
+    gc.collect()
+    # And not in blocks of the process's own allocator, between which holes would stay.
+    assert len(made) > 2
+    assert body.pool.in_use_bytes >= sum(each.nbytes for each in made) > 0
+    del promised, made
+    gc.collect()
+    assert body.pool.in_use_bytes == 0
+
+
 def test_the_x2_and_x3_of_the_compact_network_cannot_be_drawn() -> None:
     assert Compact(2).draw() == []
 

@@ -117,10 +117,12 @@ class Rowwise:
             for index, promised in _ahead(parts, lanes.count):
                 keep, read = spans[index]
                 columns = slice((keep.start - read.start) * scale, (keep.stop - read.start) * scale)
-                drawn = [finished[index](_awaited(each, on_step)) for each in promised]
-                made = [convert(piece[:, :, columns]) for piece in drawn if piece.shape[1]]
-                # Not while the next is waited for.
-                del drawn, promised
+                made = []
+                while promised:
+                    # Taken out of the list: they are not held while the next are waited for.
+                    drawn = finished[index](_awaited(promised.pop(0), on_step))
+                    made += [convert(piece[:, :, columns]) for piece in drawn]
+                    del drawn
                 if not made:
                     continue
                 if index == 0:
@@ -155,18 +157,20 @@ class Rowwise:
         if passages[1:]:
             yield through([], is_last=True)
 
-    def _finished(self) -> Callable[[NDArray[np.float32]], Tensor]:
+    def _finished(self) -> Callable[[NDArray[np.float32]], list[Tensor]]:
         """What `Architecture.finish` makes of the drawn rows that come one after the other, for one part."""
-        kept = torch.empty(0)
+        kept: Tensor | None = None
         count = self._module.drawn_rows_kept
 
-        def finished(piece: NDArray[np.float32]) -> Tensor:
+        def finished(piece: NDArray[np.float32]) -> list[Tensor]:
             nonlocal kept
             drawn = torch.from_numpy(piece)
-            whole = torch.cat([kept, drawn], dim=1) if len(kept) else drawn
+            # Not all of them below what was kept: that would be one more copy of the largest there is.
+            seam = torch.cat([drawn[:, :0] if kept is None else kept, drawn[:, :count]], dim=1)
+            lowest = drawn if drawn.shape[1] >= count else seam
             # Copied: it would keep the whole.
-            kept = whole[:, whole.shape[1] - count :].clone()
-            return self._module.finish(whole) if whole.shape[1] > count else torch.empty(3, 0, 0)
+            kept = lowest[:, max(0, lowest.shape[1] - count) :].clone()
+            return [self._module.finish(each) for each in (seam, drawn) if each.shape[1] > count]
 
         return finished
 

@@ -189,7 +189,8 @@ class SrResNet(Architecture):
     def finish(self, drawn: Tensor) -> Tensor:
         """Adds up the four parts of the last convolution, 3 px apart on the grid before the second shuffle."""
         above, below = drawn[:, :-3], drawn[:, 3:]
-        sums = above[:12, :, :-3] + above[12:24, :, 3:] + below[24:36, :, :-3] + below[36:, :, 3:]
+        sums = above[:12, :, :-3] + above[12:24, :, 3:]
+        sums.add_(below[24:36, :, :-3]).add_(below[36:, :, 3:])
         return F.pixel_shuffle(torch.tanh_(sums).add_(1).mul_(0.5), 2)
 
 

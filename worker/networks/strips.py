@@ -189,7 +189,7 @@ class Strips:
         """Least rows of a first strip that is not the last too: all layers must have what they keep."""
         self.pool = pool or Pool()
         self._bytes_per_column: dict[int, int] = {}
-        text = _Text(graph.layers, self.inputs)
+        text = _Text(graph.layers, self.inputs, output)
         self._onward, self._to_the_end = (text.net(threads, self.pool, is_last=is_last) for is_last in (False, True))
 
     @property
@@ -251,6 +251,15 @@ class Strips:
                 held[made.name] = whole
         return most
 
+    def below_each_other(self, pieces: Sequence[NDArray[np.float32]]) -> Any:
+        """Of (C, h, W) each, one ncnn.Mat, which lies in the pool."""
+        channels, _, width = pieces[0].shape
+        whole = ncnn.Mat(width, sum(each.shape[1] for each in pieces), channels, allocator=self.pool)
+        if whole.empty():
+            raise OutOfMemory("ncnn has no memory for a strip of the picture.", blob="x", status=-100)
+        np.concatenate(pieces, axis=1, out=np.asarray(whole))
+        return whole
+
     def passage(self, width: int, *, rows: int, lanes: Lanes) -> Passage:
         """To take one picture through, `width` columns of it, in strips of `rows` rows."""
         return Passage(self, width, rows, lanes)
@@ -305,13 +314,13 @@ class Passage:
         rows = sum(part.rows for part in strip)
         step, lanes = _Step(self._strips, rows, self._width, self._above, is_last=is_last), self._lanes
 
-        def work() -> NDArray[np.float32]:
-            given = np.concatenate([part.values() for part in strip], axis=1)
+        def given() -> Any:
+            together = self._strips.below_each_other([part.values() for part in strip])
             # It may be all that holds what they are parts of.
             strip.clear()
-            return step.run(given, lanes)
+            return together
 
-        made = lanes.add(work, after=[part.source for part in strip], behind=self._behind())
+        made = lanes.add(lambda: step.run(given, lanes), after=[part.source for part in strip], behind=self._behind())
         self._above, self._behind = step, weakref.ref(made)
         return Promised(step.rows_made, made)
 
@@ -346,7 +355,7 @@ def _kept(layers: Sequence[_Layer]) -> dict[str, _Kept]:
 class _Text:
     """The graph in ncnn's own words, and its weights."""
 
-    def __init__(self, layers: Sequence[_Layer], kept: dict[str, _Kept]) -> None:
+    def __init__(self, layers: Sequence[_Layer], kept: dict[str, _Kept], output: Blob) -> None:
         self._lines: list[tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = []
         self._weights = b"".join(weight for layer in layers for weight in layer.weights)
         for layer in layers:
@@ -368,6 +377,8 @@ class _Text:
                 self._add("Input", (), (each.name,), ())
                 self._add("Concat", (each.name, made), (f"{made}_whole",), ("0=1",))
                 self._crop(f"{made}_whole", f"{made}_kept")
+        # What is extracted in another packing is made by the allocator of the process.
+        self._add("Packing", (output.name,), (_MADE,), ("0=1",))
 
     def _add(self, kind: str, inputs: tuple[str, ...], outputs: tuple[str, ...], options: tuple[str, ...]) -> None:
         self._lines.append((kind, inputs, outputs, options))
@@ -419,6 +430,10 @@ class _Text:
         return ["7767517", f"{len(lines)} {blobs}", *lines, ""]
 
 
+_MADE = "made"
+"""The graph's output, one value behind the other."""
+_AS_IT_LIES = 1
+"""For `Extractor.extract`: in whatever packing."""
 _BELOW = re.compile(r"\{(\d+)\}")
 
 
@@ -535,17 +550,17 @@ class _Step:
         place = [0, top, 0, self._width * blob.grid, rows, blob.channels]
         self._places[name] = np.array(place, np.int32)
 
-    def run(self, rows: NDArray[np.float32], lanes: Lanes) -> NDArray[np.float32]:
-        """rows: (C, h, W), as many as were told -> (C', `rows_made`, W')."""
+    def run(self, given: Callable[[], Any], lanes: Lanes) -> NDArray[np.float32]:
+        """given: an ncnn.Mat of (C, h, W), as many rows as were told -> (C', `rows_made`, W')."""
         try:
-            return self._run(rows, lanes)
+            return self._run(given, lanes)
         except BaseException:
             # Each its own: what is raised holds on to all that it passes.
             for each in self._owed.values():
                 each.set_exception(Stopped())
             raise
 
-    def _run(self, rows: NDArray[np.float32], lanes: Lanes) -> NDArray[np.float32]:
+    def _run(self, given: Callable[[], Any], lanes: Lanes) -> NDArray[np.float32]:
         extractor = (self._strips._to_the_end if self._is_last else self._strips._onward).create_extractor()
         # ncnn reads them where they lie: they have to live as long as the extractor.
         held: list[NDArray[Any]] = []
@@ -554,13 +569,14 @@ class _Step:
             held.append(values)
             extractor.input(name, ncnn.Mat(values))
 
-        def take(name: str, *, packed: bool) -> Any:
-            status, values = extractor.extract(name, int(packed))
+        def take(name: str) -> Any:
+            status, values = extractor.extract(name, _AS_IT_LIES)
             if status != 0:
                 raise OutOfMemory("ncnn has no memory for a strip of the picture.", blob=name, status=status)
             return values
 
-        give("x", np.ascontiguousarray(rows, np.float32))
+        # Nobody else has it: ncnn lets go of it as soon as it was read.
+        extractor.input("x", given())
         for name, place in self._places.items():
             give(f"{name}_place", place)
         # In the order of the layers: what is asked for late would be computed again.
@@ -573,13 +589,13 @@ class _Step:
             else:
                 # Given away: ncnn lets go of it as soon as it was read, and what is kept now may lie in the same place.
                 extractor.input(kept.name, self._above.pop(name).result())
-            kept_now = take(f"{name}_kept", packed=True)
+            kept_now = take(f"{name}_kept")
             # Nobody asks the last strip: it would lie in the pool until the passage goes.
             if not self._is_last:
                 self._owed.pop(name).set_result(kept_now)
             del kept_now
         # Where it lies, in the pool.
-        return np.asarray(take(self._strips.output.name, packed=False))
+        return np.asarray(take(_MADE))
 
 
 class Stopped(Exception):

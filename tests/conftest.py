@@ -83,7 +83,15 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-# --- which tests run beside which -----------------------------------------------------------------------------------
+# --- which tests run by themselves, and which beside which ----------------------------------------------------------
+
+# `make test` records which lines these run, and no others: what must be covered completely is covered by them, and
+# Python takes half as long again where lines are recorded. They have processes of their own, lest what is made once in
+# a process be made by a test of which nothing is recorded.
+COVERING = (
+    *(f"tests/shared/test_{name}.py" for name in ("fairness", "jobs", "needs", "operating", "outbox", "shards")),
+    *(f"tests/worker/test_{name}.py" for name in ("batching", "claiming", "sharding", "strips", "tiling", "upscale")),
+)
 
 # Whole services, whose processes are killed, frozen and raced against: two at once would starve each other, and their
 # patience would run out. They are the longest, too, so they begin first, and what is short fills up the end.
@@ -97,10 +105,15 @@ def needs_whole_service(nodeid: str) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole services first. Raises UsageError where a test asks for `stack` and is not known to."""
+    """Marks what `-m` chooses, and puts whole services first.
+
+    Raises UsageError where a test asks for `stack` and is not known to.
+    """
     for item in items:
         if "stack" in getattr(item, "fixturenames", ()) and not needs_whole_service(item.nodeid):
             raise pytest.UsageError(f"{item.nodeid} asks for `stack`: name its file in WHOLE_SERVICES of {__file__}")
+        if item.nodeid.startswith(COVERING):
+            item.add_marker("covering")
     items.sort(key=lambda item: not needs_whole_service(item.nodeid))
 
 

@@ -136,8 +136,10 @@ class Storage:
     def _transfer(self) -> TransferConfig:
         from boto3.s3.transfer import TransferConfig
 
+        # By the thread that asks. boto3's own are new ones for each blob, and what they read into stayed with the
+        # allocator: a hundred MB in the course of a shared picture, whose parts go to storage one after the other.
         return TransferConfig(
-            multipart_threshold=MULTIPART_BYTES, multipart_chunksize=MULTIPART_BYTES, max_concurrency=2
+            multipart_threshold=MULTIPART_BYTES, multipart_chunksize=MULTIPART_BYTES, use_threads=False
         )
 
     def ensure_bucket(self) -> None:
@@ -162,12 +164,12 @@ class Storage:
     ) -> None:
         """Stores what `file` holds from where it stands, and leaves it open.
 
-        `on_bytes` hears of what was sent: of a small blob at its end, of a large one as it goes, from other threads.
+        `on_bytes` hears of what was sent: of a small blob at its end, of a large one as it goes.
         """
         with _translated(key):
             head = file.read(ONE_GULP_BYTES + 1)
             if len(head) <= ONE_GULP_BYTES:
-                # In this thread: handing it to boto3's costs more than the request itself.
+                # Handing it to boto3's transfers costs more than the request itself.
                 if not self._put_quickly(key, head, content_type):
                     self._client.put_object(Bucket=self.bucket, Key=key, Body=head, ContentType=content_type)
                 if on_bytes is not None:
@@ -239,7 +241,7 @@ class Storage:
     def get(self, key: str, file: BinaryIO) -> None:
         """Writes the blob to `file`."""
         with _translated(key):
-            # boto3's way asks for the size first, and hands what follows to threads of its own.
+            # boto3's way asks for the size first.
             small = self._got_quickly(key)
             if small is not None:
                 file.write(small)

@@ -167,16 +167,18 @@ class Storage:
         `on_bytes` hears of what was sent: of a small blob at its end, of a large one as it goes.
         """
         with _translated(key):
-            head = file.read(ONE_GULP_BYTES + 1)
-            if len(head) <= ONE_GULP_BYTES:
+            began = file.tell()
+            file.seek(0, os.SEEK_END)
+            size = file.tell() - began
+            file.seek(began)
+            if size <= ONE_GULP_BYTES:
                 # Handing it to boto3's transfers costs more than the request itself.
-                if not self._put_quickly(key, head, content_type):
-                    self._client.put_object(Bucket=self.bucket, Key=key, Body=head, ContentType=content_type)
+                whole = file.read()
+                if not self._put_quickly(key, whole, content_type):
+                    self._client.put_object(Bucket=self.bucket, Key=key, Body=whole, ContentType=content_type)
                 if on_bytes is not None:
-                    on_bytes(len(head))
+                    on_bytes(len(whole))
                 return
-            file.seek(-len(head), os.SEEK_CUR)
-            del head
             self._client.upload_fileobj(
                 _LeftOpen(file),
                 self.bucket,
@@ -311,16 +313,16 @@ class Storage:
                     held += chunk[: max(0, lead - read)] if is_copied else chunk
                     read += len(chunk)
                     if not is_copied and len(held) >= MULTIPART_BYTES:
-                        upload.send(bytes(held))
+                        upload.send(held)
                         held.clear()
                 size += read
                 if is_copied:
                     if held:
-                        upload.send(bytes(held))
+                        upload.send(held)
                         held.clear()
                     upload.copy(piece, lead, read - lead)
             if held or not size:
-                upload.send(bytes(held))
+                upload.send(held)
             upload.complete()
         except BaseException:
             with suppress(StorageUnavailable):

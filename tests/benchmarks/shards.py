@@ -13,6 +13,10 @@ as often, so that what is lost between shards weighs more here than there.
     one, two    workers, the picture shared; `speed_up` is one over two, `of_bare` that over `bare`
     network     seconds of each worker's network; `idle` what each had left of the time: it decoded, waited for the
                 last shards of others, stored and joined
+
+A worker of one thread keeps more than one core busy: beside its network it encodes, compares and stores. So on two
+cores one worker has more than half of what two have. With `--pinned` every worker, the bare ones too, has one core for
+all that it does, and two have twice as much.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -32,6 +37,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 from PIL import Image
 from sqlalchemy import select
 
@@ -60,6 +66,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", default="srgan")
     parser.add_argument("--shared-only", action="store_true", help="leave out the picture that is not shared")
+    parser.add_argument("--pinned", action="store_true", help="each worker on one core, another for each")
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     parser.add_argument("--bare", type=float, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -68,7 +75,13 @@ def main() -> None:
         print(_bare_here(asked.model, asked.bare, width))
         return
     measured = measure(
-        width, height, pieces=asked.shards, rounds=asked.rounds, model=asked.model, unsplit=not asked.shared_only
+        width,
+        height,
+        pieces=asked.shards,
+        rounds=asked.rounds,
+        model=asked.model,
+        unsplit=not asked.shared_only,
+        pinned=asked.pinned,
     )
     print(json.dumps(measured, indent=1))
     if asked.json:
@@ -76,7 +89,14 @@ def main() -> None:
 
 
 def measure(
-    width: int, height: int, *, pieces: int = 16, rounds: int = 3, model: str = "srgan", unsplit: bool = True
+    width: int,
+    height: int,
+    *,
+    pieces: int = 16,
+    rounds: int = 3,
+    model: str = "srgan",
+    unsplit: bool = True,
+    pinned: bool = False,
 ) -> dict[str, Any]:
     """The figures. Raises RuntimeError where a job does not come through."""
     picture = _picture(width, height)
@@ -95,10 +115,14 @@ def measure(
         )
         with Stack(settings, port=free_port()) as stack:
             database = Database(stack.settings.sqlalchemy_url)
-            helper = _image_workers(database)[-1]
+            working = _image_workers(database)
+            helper = working[-1].id
+            if pinned:
+                for number, worker in enumerate(working):
+                    _pin(psutil.Process(worker.pid), number)
             _made(stack, database, _picture(64, 64), model, "png")
             for _ in range(rounds):
-                bare.append(_bare(model, 2, width) / _bare(model, 1, width))
+                bare.append(_bare(model, 2, width, pinned) / _bare(model, 1, width, pinned))
                 print(f"bare: {bare[-1]:.2f}", file=sys.stderr, flush=True)
                 _drain(database, helper, drained=True)
                 # A result in a form that cannot be joined is made as ever.
@@ -113,6 +137,7 @@ def measure(
         "machine": machine(1),
         "size_px": [width, height],
         "model": model,
+        "pinned": pinned,
         "bare": round(median(bare), 3),
         "speed_up": round(seconds["one"] / seconds["two"], 3),
         "of_bare": round(seconds["one"] / seconds["two"] / median(bare), 3),
@@ -122,9 +147,17 @@ def measure(
     }
 
 
-def _image_workers(database: Database) -> list[str]:
+def _image_workers(database: Database) -> list[Worker]:
     with database.reading() as session:
-        return list(session.scalars(select(Worker.id).where(Worker.kind == "images").order_by(Worker.id)))
+        return list(session.scalars(select(Worker).where(Worker.kind == "images").order_by(Worker.id)))
+
+
+def _pin(process: psutil.Process, number: int) -> None:
+    """All threads that it and its children have, and those that they will start, on one core."""
+    cores = sorted(os.sched_getaffinity(0))
+    for each in (process, *process.children(recursive=True)):
+        for thread in each.threads():
+            os.sched_setaffinity(thread.id, {cores[number % len(cores)]})
 
 
 def _drain(database: Database, worker_id: str, *, drained: bool) -> None:
@@ -198,16 +231,18 @@ def _by_worker(rows: Iterable[Shard], job: Job) -> list[dict[str, Any]]:
     ]
 
 
-def _bare(model: str, processes: int, width: int) -> float:
+def _bare(model: str, processes: int, width: int, pinned: bool) -> float:
     """Input px a second of so many processes at once, each with one thread and nothing but the network."""
     line = [sys.executable, "-m", "tests.benchmarks.shards", "--model", model, "--size", f"{width}x{BARE_HEIGHT_PX}"]
     line += ["--bare", str(BARE_SECONDS)]
     running = [
         subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(processes)
     ]
-    for each in running:
+    for number, each in enumerate(running):
         assert each.stdout is not None
         each.stdout.readline()
+        if pinned:
+            _pin(psutil.Process(each.pid), number)
     speeds = []
     for each in running:
         assert each.stdin is not None

@@ -20,8 +20,9 @@ try:
 except ImportError:  # an optional dependency: no wheel for this machine
     ncnn = None
 
-SEGMENT_BYTES = 2**28
-"""Addresses taken at a time. Only pages that were written to are memory."""
+SEGMENT_BYTES = 2**30
+"""Addresses taken at a time: for strips of any picture, since no blob lies across two segments, and what is left at the
+end of one is lost. Only pages that were written to are memory."""
 ALIGNED_TO_BYTES = 64
 READ_BEYOND_BYTES = 64
 """ncnn's kernels may read so far beyond the end of a blob."""

@@ -392,6 +392,8 @@ def test_the_parts_of_a_very_wide_picture_are_narrower_but_waste_little() -> Non
         plan = plan_work(network, width, 1_000, 4).plans[0]
         assert plan.in_strips
         assert plan.waste <= 1.10
+    # What grows beside the strips has room.
+    assert network.strips_bytes(8_000) <= rowwise.WIDE_MEMORY * two_parts
     # Of 12 and of 48 megapixels.
     assert network.strips_bytes(8_000) <= 1.2 * network.strips_bytes(4_000)
     assert network.strips_bytes(5_657) <= 1.05 * two_parts

@@ -33,6 +33,8 @@ STRIP_COLUMNS = 2048
 """Columns of a strip at most. A wider picture is cut into parts with halos between them, lest the memory of a strip
 grow with the width: a twenty-fifth more work for a halo of 40 px. Very wide ones are cut narrower (`Rowwise.columns`).
 """
+WIDE_MEMORY = 0.9
+"""What strips of a wider picture may take, of what one of two such parts does: beside them other things grow, too."""
 MOST_LANES = 4
 """Strips are computed in so many lanes at most, each by an equal part of the threads: each takes memory for one."""
 FEW_LANES = 2
@@ -73,7 +75,7 @@ class Rowwise:
     def columns(self, width: int) -> list[tuple[slice, slice]]:
         """The columns whose result each part of a picture so wide keeps, and those that it reads.
 
-        The fewest parts with which a picture takes no more memory than one of two parts does, or else those that take
+        The fewest parts with which a picture takes less memory than one of two parts does, or else those that take
         least; but none so narrow that halos are more than a tenth of the work. What is kept from strip to strip grows
         with the width, and narrower parts make up for it while they can.
         """
@@ -81,7 +83,7 @@ class Rowwise:
         most = max(fewest, width // max(1, 20 * self._halo_px))
         if fewest <= 2:
             return strip_columns(width, fewest, self._halo_px)
-        enough = self._memory_bytes(strip_columns(2 * STRIP_COLUMNS, 2, self._halo_px))
+        enough = WIDE_MEMORY * self._memory_bytes(strip_columns(2 * STRIP_COLUMNS, 2, self._halo_px))
         cuts = [strip_columns(width, count, self._halo_px) for count in range(fewest, most + 1)]
         return next((cut for cut in cuts if self._memory_bytes(cut) <= enough), min(cuts, key=self._memory_bytes))
 

@@ -177,7 +177,7 @@ class Storage:
                 if not self._put_quickly(key, whole, content_type):
                     self._client.put_object(Bucket=self.bucket, Key=key, Body=whole, ContentType=content_type)
                 if on_bytes is not None:
-                    on_bytes(len(whole))
+                    on_bytes(size)
                 return
             self._client.upload_fileobj(
                 _LeftOpen(file),

@@ -24,6 +24,7 @@ from worker.networks import Network, rowwise, strips
 from worker.networks.architecture import Architecture
 from worker.networks.compact import Compact
 from worker.networks.lanes import Lanes
+from worker.networks.pool import Pool
 from worker.networks.rrdb import Rrdb
 from worker.networks.srresnet import SrResNet
 from worker.networks.strips import Graph, Promised, Strips
@@ -230,6 +231,14 @@ def test_ncnn_without_memory_is_out_of_memory(monkeypatch: pytest.MonkeyPatch) -
     network = network_of(srresnet())
     for each in network._rowwise.strips():
         monkeypatch.setattr(each, "_to_the_end", type("Net", (), {"create_extractor": lambda self: Empty()})())
+    with pytest.raises(OutOfMemory, match="no memory for a strip"):
+        list(network.rows(pieces(picture(8, 8), 8)))
+
+
+def test_no_memory_for_the_rows_of_a_strip_is_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = network_of(srresnet())
+    network._rowwise.strips()
+    monkeypatch.setattr(Pool, "fastMalloc", lambda self, size: None)
     with pytest.raises(OutOfMemory, match="no memory for a strip"):
         list(network.rows(pieces(picture(8, 8), 8)))
 

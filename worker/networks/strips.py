@@ -256,7 +256,7 @@ class Strips:
         channels, _, width = pieces[0].shape
         whole = ncnn.Mat(width, sum(each.shape[1] for each in pieces), channels, allocator=self.pool)
         if whole.empty():
-            raise OutOfMemory("ncnn has no memory for a strip of the picture.", blob="x", status=-100)
+            raise OutOfMemory(_NO_MEMORY, blob="x")
         np.concatenate(pieces, axis=1, out=np.asarray(whole))
         return whole
 
@@ -430,6 +430,7 @@ class _Text:
         return ["7767517", f"{len(lines)} {blobs}", *lines, ""]
 
 
+_NO_MEMORY = "ncnn has no memory for a strip of the picture."
 _MADE = "made"
 """The graph's output, one value behind the other."""
 _AS_IT_LIES = 1
@@ -572,7 +573,7 @@ class _Step:
         def take(name: str) -> Any:
             status, values = extractor.extract(name, _AS_IT_LIES)
             if status != 0:
-                raise OutOfMemory("ncnn has no memory for a strip of the picture.", blob=name, status=status)
+                raise OutOfMemory(_NO_MEMORY, blob=name, status=status)
             return values
 
         # Nobody else has it: ncnn lets go of it as soon as it was read.

@@ -13,7 +13,7 @@ import io
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import partial
@@ -195,21 +195,12 @@ def _facts(made: MadePart) -> dict[str, Any]:
 
 
 class _Beside(Generic[T]):
-    """Something that a thread of its own does while the network goes on."""
+    """Something that another thread does while the network goes on."""
 
-    def __init__(self, act: Callable[[Callable[[int], None]], T], name: str) -> None:
+    def __init__(self, act: Callable[[Callable[[int], None]], T], thread: ThreadPoolExecutor) -> None:
         """`act` is given what it is to tell of bytes that have come to storage, or from there."""
-        self._future: Future[T] = Future()
         self._bytes = 0
-        context = contextvars.copy_context()
-        self._thread = threading.Thread(target=context.run, args=(self._run, act), name=name, daemon=True)
-        self._thread.start()
-
-    def _run(self, act: Callable[[Callable[[int], None]], T]) -> None:
-        try:
-            self._future.set_result(act(self._tell))
-        except BaseException as error:  # noqa: BLE001 - it is raised where the result is asked for
-            self._future.set_exception(error)
+        self._future = thread.submit(contextvars.copy_context().run, act, self._tell)
 
     def _tell(self, bytes: int) -> None:
         self._bytes += bytes
@@ -226,7 +217,7 @@ class _Beside(Generic[T]):
 
     def end(self) -> None:
         """Waits for it, whatever it comes to."""
-        self._thread.join()
+        wait([self._future])
 
 
 class Handover:
@@ -249,6 +240,9 @@ class Handover:
         self.stale: StaleAttempt | None = None
         """Why the last part was not recorded, where another worker has its shard or the job has ended."""
         self._under_way: _Beside[None] | None = None
+        # One for all parts: glibc gives a new thread the memory that one before it has left, so that of the thread that
+        # encodes, and of that for each shard, there would be two.
+        self._thread = ThreadPoolExecutor(1, "handover")
         self._expected_seconds = 0.0
 
     def take(self, claim: ShardClaim, written: WrittenPart) -> None:
@@ -261,7 +255,7 @@ class Handover:
         self._lifeline.stores(claim)
         self.stale = None
         self._expected_seconds = written.made.bytes / STORE_BYTES_PER_SECOND
-        self._under_way = _Beside(partial(self._hand_over, claim, written), "handover")
+        self._under_way = _Beside(partial(self._hand_over, claim, written), self._thread)
 
     @property
     def is_under_way(self) -> bool:
@@ -317,6 +311,7 @@ class Handover:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._ended()
+        self._thread.shutdown()
 
 
 def give_back(database: Database, claim: ShardClaim) -> None:
@@ -352,7 +347,8 @@ class _Joining:
         self._turn = threading.Condition()
         self._tail: bytes | None = None
         self._has_news = self._is_given_up = False
-        self._joined = _Beside(self._join, "joining")
+        self._thread = ThreadPoolExecutor(1, "joining")
+        self._joined = _Beside(self._join, self._thread)
 
     def look(self) -> None:
         """One more part has been made."""
@@ -377,7 +373,7 @@ class _Joining:
         with self._turn:
             self._is_given_up = True
             self._turn.notify_all()
-        self._joined.end()
+        self._thread.shutdown()
 
     def _join(self, on_bytes: Callable[[int], None]) -> tuple[int, str]:
         return self._storage.join(self._key, self._pieces(), self._mime_type, on_bytes=on_bytes)

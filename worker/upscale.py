@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import mmap
 import os
 import time
 from collections import deque
@@ -36,6 +35,7 @@ from worker.batching import (
 )
 from worker.networks import Network
 from worker.networks.architecture import Keep
+from worker.networks.pages import new_rows
 from worker.tiling import SMALLEST_TILE_PX, Band, Plan, Region, Tile, choose_plan, evened, plan, plan_strips, smaller
 
 OnTile = Callable[[int, int], None]
@@ -60,10 +60,6 @@ layers of larger ones leave the cache, and the smallest networks are two to thre
 BAND_RESULT_BYTES = 32 * 2**20
 """A band's result in 8 bits may take so much however high its halo would have it. It is held up to three times: while
 it is made, while it waits and while it is encoded."""
-
-OWN_PAGES_BYTES = 4 * 2**20
-"""From here on a band's result has pages of its own, which the system has back as soon as it is encoded. Among the
-allocator's blocks it leaves holes that the next band, a row higher, does not fit into."""
 
 STRIPS_BAND_PX = 32_768
 """Input px of a band where the network runs in strips: what is told, shown and encoded at once, some tenths of a second
@@ -613,14 +609,7 @@ def _tried(
 ) -> NDArray[Any]:
     """The band's pixels, cut and computed as told. Raises DoesNotFit or _NotPlausible, which `_mended` answers."""
     scale, region = network.scale, band.region
-    shape = (region.height * scale, region.width * scale, 3)
-    try:
-        pixels = _rows_of_own(shape, dtype)
-    except (MemoryError, OSError) as error:
-        # Smaller tiles do not make a band's result smaller.
-        raise OutOfMemory(
-            f"There is no memory for {shape[1]} x {shape[0]} px of the result.", width_px=shape[1], height_px=shape[0]
-        ) from error
+    pixels = new_rows(region.height * scale, region.width * scale, dtype)
     darkest, brightest = math.inf, -math.inf
     with contextlib.closing(calls.pieces(band, half)) as pieces:
         for tile, piece in zip(band.tiles, pieces, strict=True):
@@ -631,18 +620,6 @@ def _tried(
             count.tile_done()
     _check_not_flat(darkest, brightest, image, region)
     return pixels
-
-
-def _rows_of_own(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """An array as of `np.empty`. Raises MemoryError, or OSError, where there is no memory for it."""
-    size = math.prod(shape) * dtype.itemsize
-    if size < OWN_PAGES_BYTES:
-        return np.empty(shape, dtype)
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    # Fresh pages come 2 MB at a time, as to numpy's own large arrays, where the system has such.
-    with contextlib.suppress(AttributeError, OSError):
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(pages, dtype).reshape(shape)
 
 
 def _check_not_flat(darkest: float, brightest: float, image: NDArray[Any], region: Region) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from shared.catalog import card
 from shared.errors import BadOutput, DeviceBroken, InvalidRequest, ModelUnavailable, OutOfMemory
 from worker import upscale as upscale_module
-from worker.networks import Network, load
+from worker.networks import Network, load, pages
 from worker.networks.srresnet import SrResNet, _ResidualBlock
 from worker.tiling import SMALLEST_TILE_PX, Plan, plan
 from worker.upscale import (
@@ -802,12 +802,12 @@ def test_the_values_that_travel_cannot_be_changed(small: Network) -> None:
 
 @pytest.mark.parametrize("rows", [1, 2_000])
 def test_a_large_band_has_pages_of_its_own_that_go_with_it(rows: int) -> None:
-    pixels = upscale_module._rows_of_own((rows, 1_000, 3), np.dtype(np.uint8))
+    pixels = pages.new_rows(rows, 1_000, np.dtype(np.uint8))
     pixels[:] = 7
     owner: object = pixels
     while isinstance(owner, np.ndarray) and owner.base is not None:
         owner = owner.base
     owner = owner.obj if isinstance(owner, memoryview) else owner
-    assert isinstance(owner, mmap.mmap) == (pixels.nbytes >= upscale_module.OWN_PAGES_BYTES)
+    assert isinstance(owner, mmap.mmap) == (pixels.nbytes >= pages.OWN_PAGES_BYTES)
     assert pixels.shape == (rows, 1_000, 3)
     assert int(pixels.min()) == int(pixels.max()) == 7

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from worker.networks.architecture import Architecture, nothing
 from worker.networks.lanes import Lanes
+from worker.networks.pages import new_rows
 from worker.networks.pool import Pool
 from worker.networks.strips import Passage, Promised, Strips
 
@@ -33,7 +34,7 @@ STRIP_COLUMNS = 2048
 """Columns of a strip at most. A wider picture is cut into parts with halos between them, lest the memory of a strip
 grow with the width: a twenty-fifth more work for a halo of 40 px. Very wide ones are cut narrower (`Rowwise.columns`).
 """
-WIDE_MEMORY = 0.9
+WIDE_MEMORY = 0.8
 """What strips of a wider picture may take, of what one of two such parts does: beside them other things grow, too."""
 MOST_LANES = 4
 """Strips are computed in so many lanes at most, each by an equal part of the threads: each takes memory for one."""
@@ -128,7 +129,8 @@ class Rowwise:
                 if not made:
                     continue
                 if index == 0:
-                    whole = torch.empty(sum(piece.shape[1] for piece in made), width, 3, dtype=made[0].dtype)
+                    height = sum(piece.shape[1] for piece in made)
+                    whole = torch.from_numpy(new_rows(height, width, made[0].numpy().dtype))
                 top = 0
                 for piece in made:
                     beside = whole[top : top + piece.shape[1], keep.start * scale : keep.stop * scale]

@@ -151,7 +151,7 @@ def many_jobs(session: Session, key: ApiKey | str, count: int, *, now: datetime,
             }
         )
     for start in range(0, len(rows), 10_000):
-        session.execute(insert(Job), rows[start : start + 10_000])
+        session.execute(insert(Job.__table__), rows[start : start + 10_000])
     return [*(row["id"] for row in rows), made.id]
 
 

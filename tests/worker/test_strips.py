@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from shared.catalog import card
 from shared.errors import BadOutput, OutOfMemory
 from worker import upscale
-from worker.networks import Network, rowwise, strips
+from worker.networks import Network, pages, rowwise, strips
 from worker.networks.architecture import Architecture
 from worker.networks.compact import Compact
 from worker.networks.lanes import Lanes
@@ -369,6 +369,20 @@ def test_a_picture_too_wide_for_the_memory_is_cut_into_tiles() -> None:
     enough = math.ceil(network.strips_bytes(3000) / upscale.STRIPS_MEMORY)
     assert plan_work(network, 3000, 200, 4, memory_bytes=enough).plans[0].in_strips
     assert not plan_work(network, 3000, 200, 4, memory_bytes=enough - 1).plans[0].in_strips
+
+
+def test_what_parts_of_a_result_are_put_into_is_what_comes_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rowwise, "STRIP_COLUMNS", 17)
+    taken: list[NDArray[Any]] = []
+
+    def new_rows(*asked: Any) -> NDArray[Any]:
+        taken.append(pages.new_rows(*asked))
+        return taken[-1]
+
+    monkeypatch.setattr(rowwise, "new_rows", new_rows)
+    made = list(network_of(srresnet()).rows(pieces(picture(60, 50), 16)))
+    # No copy, which would lie in the allocator's heap.
+    assert [rows.data_ptr() for rows in made] == [rows.ctypes.data for rows in taken]
 
 
 @pytest.mark.parametrize("module", [srresnet(), Compact(4), Rrdb(1)], ids=["srresnet", "compact", "rrdb"])

@@ -75,9 +75,8 @@ def make(
         begun = time.perf_counter()
         error = None
         try:
-            network = engine.network(model)
+            network = engine.ready(model, watch, phase="upscale")
             # Loading it and learning its speed is not what the next picture will wait for.
-            network.pixels_per_second()
             begun = time.perf_counter()
             made = _enlarged(engine, network, seen, scale, watch, number, len(models))
             sheet.paste(Image.fromarray(made), (x, y))

@@ -43,6 +43,10 @@ DECODE_PX_PER_SECOND = 2_000_000
 ENCODE_AT_ONCE_PX_PER_SECOND = 1_000_000
 """WebP and AVIF are encoded when the last row is in; all others row by row."""
 
+FIRST_USE_SECONDS = 120.0
+"""A network is loaded and calibrated when a process first uses it: in up to 10 s on a quiet machine, in several times
+that on a slow one with other work."""
+
 HELD_BEHIND_BYTES = 32 * 2**20
 """Finished rows that may wait for the encoder; a band larger than that waits alone."""
 PIECE_BYTES = 2**20
@@ -220,6 +224,18 @@ class Engine:
                 self._networks = {**self._networks, model: load(catalog.card(model, self._own), self.device)}
             return self._networks[model]
 
+    def ready(self, model: str, watch: Watch, *, phase: str = "load") -> Network:
+        """The network of a card, loaded and calibrated. Where that is still to be done, `watch` hears of it as `phase`.
+
+        Raises ModelUnavailable.
+        """
+        if model not in self._networks or not self._networks[model].is_calibrated:
+            watch.begins(phase, expected_seconds=FIRST_USE_SECONDS)
+        network = self.network(model)
+        # Now, while a lease is long enough for it, and not when the work is planned.
+        network.pixels_per_second()
+        return network
+
     def close(self) -> None:
         """When nothing is enlarged any more."""
         if self.batcher is not None:
@@ -314,7 +330,7 @@ class Engine:
             model = route.model
             watch.routed(model, route.reason)
         with clock.time("load"):
-            network = self.network(model)
+            network = self.ready(model, watch)
         with clock.time("plan"):
             work = upscale.plan_work(
                 network,

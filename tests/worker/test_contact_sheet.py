@@ -14,7 +14,7 @@ from shared.errors import ModelUnavailable
 from tests.worker import a_network
 from tests.worker.test_enlarging import Listing, a_file, ramp
 from worker import contact_sheet
-from worker.enlarging import Engine, Enlarged, Unwatched
+from worker.enlarging import FIRST_USE_SECONDS, Engine, Enlarged, Unwatched
 
 CROP = {"x": 3, "y": 2, "width": 10, "height": 8}
 
@@ -86,4 +86,6 @@ def test_progress_never_falls_and_ends_at_all(engine: Engine, tmp_path: Path) ->
     shares = [each.tiles_done / each.tiles_total for each in watch.told]
     assert shares == sorted(shares)
     assert shares[-1] == 1
-    assert [phase for phase, _ in watch.phases] == ["decode", "upscale"]
+    # Two networks are used for the first time, and may be silent.
+    assert [phase for phase, _ in watch.phases] == ["decode", "upscale", "upscale", "upscale"]
+    assert [seconds for _, seconds in watch.phases][2:] == [FIRST_USE_SECONDS] * 2

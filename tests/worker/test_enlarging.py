@@ -25,7 +25,7 @@ from shared.errors import (
 )
 from tests.worker import a_network
 from worker import codec, enlarging
-from worker.enlarging import Engine, Enlarged, Progress, Unwatched, Wanted
+from worker.enlarging import FIRST_USE_SECONDS, Engine, Enlarged, Progress, Unwatched, Wanted
 
 WIDTH, HEIGHT = 20, 12
 
@@ -188,8 +188,10 @@ def test_the_watch_hears_of_phases_tiles_and_bands(monkeypatch: pytest.MonkeyPat
     watch = Listing()
     image = Image.fromarray(ramp(20, 30, 4))
     engine.enlarge_file(a_file(image), tmp_path / "result.webp", Wanted(format="webp", classify=True), watch)
-    assert [phase for phase, _ in watch.phases] == ["decode", "upscale", "classify", "encode"]
+    assert [phase for phase, _ in watch.phases] == ["decode", "load", "upscale", "classify", "encode"]
     silent = dict(watch.phases)
+    # A network is loaded and calibrated once in a process, which may be silent for a minute.
+    assert silent["load"] == FIRST_USE_SECONDS
     # WebP is encoded at the end, all at once: that may be silent for long.
     assert silent["encode"] > 0
     # Two bands of three tiles, the alpha's beside the colours'.
@@ -198,6 +200,9 @@ def test_the_watch_hears_of_phases_tiles_and_bands(monkeypatch: pytest.MonkeyPat
     last = watch.told[-1]
     assert (last.tiles_done, last.tiles_total, last.bands_done, last.bands_total) == (12, 12, 2, 2)
     assert last.eta_seconds == 0
+    again = Listing()
+    engine.enlarge_file(a_file(image), tmp_path / "again.webp", Wanted(format="webp"), again)
+    assert [phase for phase, _ in again.phases] == ["decode", "upscale", "encode"]
     assert watch.told[0].eta_seconds is not None
 
 

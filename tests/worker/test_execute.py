@@ -93,7 +93,7 @@ def test_an_attempt_leaves_its_trace_and_both_thumbnails(bench: Bench) -> None:
     with bench.database.reading() as session:
         trace = session.get_one(Attempt, (job_id, 1)).trace
     assert trace is not None
-    assert [phase for phase, _ in trace["phases"]] == ["fetch", "decode", "upscale", "encode", "store"]
+    assert [phase for phase, _ in trace["phases"]] == ["fetch", "decode", "load", "upscale", "encode", "store"]
     assert trace["bands_total"] == len(trace["band_seconds"]) == 2
     assert trace["memory"][0][1] > 1_000_000
     assert thumbnails.expected(job) == ("input", "result")

@@ -255,6 +255,8 @@ def start_s3(directory: Path, bucket: str, access_key: str, secret_key: str, por
         given = dict(zip(_WEED_PORTS, ports, strict=True))
         command: list[str | Path] = [
             binary,
+            # Else its log is files in the system's temporary folder, new ones with each start.
+            "-logtostderr",
             "mini",
             "-dir=.",
             f"-bucket={bucket}",

@@ -213,8 +213,7 @@ def _empty_tables(database: Database) -> None:
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database(request: pytest.FixtureRequest) -> Database:
     """A database with the schema the migrations make and no rows; the test runs once on each kind."""
-    name = {"sqlite": "sqlite_database", "postgresql": "postgresql_database"}[request.param]
-    made: Database = request.getfixturevalue(name)
+    made: Database = request.getfixturevalue(f"{request.param}_database")
     return made
 
 

@@ -240,8 +240,8 @@ class Handover:
         self.stale: StaleAttempt | None = None
         """Why the last part was not recorded, where another worker has its shard or the job has ended."""
         self._under_way: _Beside[None] | None = None
-        # One for all parts: glibc gives a new thread the memory that one before it has left, so that of the thread that
-        # encodes, and of that for each shard, there would be two.
+        # One for all parts: a new one took over the allocator's memory of a thread that had encoded and was gone, so
+        # that the next to encode filled another.
         self._thread = ThreadPoolExecutor(1, "handover")
         self._expected_seconds = 0.0
 

@@ -33,8 +33,7 @@ class Storing:
     def __init__(
         self, storage: Storage, key: str, path: Path, format: Format, *, on_bytes: Callable[[int], None]
     ) -> None:
-        """`path`: where the encoder will put the result. `on_bytes` hears of what is sent
-        within `finish`."""
+        """`path`: where the encoder will put the result. `on_bytes` hears of what is sent within `finish`."""
         self._storage, self._key, self._path, self._format, self._on_bytes = storage, key, path, format, on_bytes
         self._thread: threading.Thread | None = None
         self._may_be_large = False

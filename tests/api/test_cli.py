@@ -254,7 +254,10 @@ def test_a_preview_shows_a_crop_by_each_model_and_a_report_says_how_true_a_resul
     assert "crop" in wrong.err
     assert served("preview", pictures[0], "--crop", "a,b").status == 2
 
-    job_id = served("submit", pictures[0], "--model", "fsrcnn", "--wait", "--json").json["job"]["id"]
+    job_id = served("submit", PHOTO, "--model", "auto", "--wait", "--json").json["job"]["id"]
+    job = served("status", job_id, "--json").json
+    assert job["model"] == "srgan"
+    assert "like a photograph" in job["routing"]["reason"]
     report = served("report", job_id, "--json").json
     assert report["job_id"] == job_id
     assert report["colour_difference"] < 5

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from shared.errors import OutOfMemory
 
 OWN_PAGES_BYTES = 2**20
-"""From here on. Fewer are left to the allocator, whose holes are then as small."""
+"""From so many on. Smaller ones are the allocator's, whose holes are then as small."""
 
 
 def new_rows(rows: int, columns: int, dtype: np.dtype[Any]) -> NDArray[Any]:

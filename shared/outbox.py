@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from sqlalchemy import case, update
 from sqlalchemy.orm import Session
@@ -32,6 +32,8 @@ from shared.telemetry import log
 if TYPE_CHECKING:
     import redis
     from celery import Celery
+
+T = TypeVar("T")
 
 RUN_JOB = "enlarger.run_job"
 HELP_JOB = "enlarger.help_job"
@@ -313,14 +315,12 @@ def call_helpers(database: Database, broker: Broker, settings: Settings) -> int:
             resend_after_seconds=settings.resend_after_seconds,
             now=clock(session),
         )
-    for position, shard in enumerate(free):
-        try:
-            broker.publish_job(JobMessage(shard.job_id, shard.queue), task=HELP_JOB)
-        except BrokerUnavailable:
-            with database.transaction() as session:
-                shards.not_sent(session, free[position:])
-            raise
-    return len(free)
+    return _send_marked(
+        database,
+        free,
+        lambda shard: broker.publish_job(JobMessage(shard.job_id, shard.queue), task=HELP_JOB),
+        shards.not_sent,
+    )
 
 
 def relay_due(database: Database, broker: Broker, settings: Settings, *, stopping: Callable[[], bool]) -> int:
@@ -332,12 +332,24 @@ def relay_due(database: Database, broker: Broker, settings: Settings, *, stoppin
     than max(`resend_after_seconds`, twice the expected wait). Raises BrokerUnavailable and changes nothing more.
     """
     generation = broker.generation()
+    with database.reading() as session:
+        owed = queries.maybe_owed(session, now=clock(session))
+    sent = _send_jobs(database, broker, settings, generation, stopping) if owed.jobs else 0
+    if owed.shards:
+        sent += call_helpers(database, broker, settings)
+    if owed.deliveries:
+        sent += _send_deliveries(database, broker, settings)
+    if owed.renditions:
+        sent += _send_renditions(database, broker, settings)
+    return sent
+
+
+def _send_jobs(
+    database: Database, broker: Broker, settings: Settings, generation: str, stopping: Callable[[], bool]
+) -> int:
     sent = 0
     while not stopping():
         with database.reading() as session:
-            if not queries.is_any_queued(session):
-                # As on most turns: what follows is ten statements, each second.
-                break
             now = clock(session)
             resend_after = {
                 name: max(
@@ -360,25 +372,37 @@ def relay_due(database: Database, broker: Broker, settings: Settings, *, stoppin
         with database.transaction() as session:
             mark_published(session, [message.job_id for message in messages], generation, clock(session))
         sent += len(messages)
-    helpers = call_helpers(database, broker, settings)
+    return sent
+
+
+def _send_deliveries(database: Database, broker: Broker, settings: Settings) -> int:
     with database.transaction() as session:
         due = deliveries.due(session, resend_after_seconds=settings.resend_after_seconds, now=clock(session))
-    # Marked first, other than jobs: a try that fails at once is due again in seconds, and a mark that came after it
-    # would hold it back.
-    for position, delivery_id in enumerate(due):
-        try:
-            broker.publish_chore(DELIVER_WEBHOOK, delivery_id)
-        except BrokerUnavailable:
-            with database.transaction() as session:
-                deliveries.not_sent(session, due[position:])
-            raise
+    return _send_marked(database, due, lambda id: broker.publish_chore(DELIVER_WEBHOOK, id), deliveries.not_sent)
+
+
+def _send_renditions(database: Database, broker: Broker, settings: Settings) -> int:
     with database.transaction() as session:
-        owed = renditions.due(session, resend_after_seconds=settings.resend_after_seconds, now=clock(session))
-    for position, (job_id, kind) in enumerate(owed):
+        due = renditions.due(session, resend_after_seconds=settings.resend_after_seconds, now=clock(session))
+    return _send_marked(database, due, lambda each: broker.publish_chore(MAKE_RENDITION, *each), renditions.not_sent)
+
+
+def _send_marked(
+    database: Database,
+    due: Sequence[T],
+    send: Callable[[T], None],
+    not_sent: Callable[[Session, Sequence[T]], None],
+) -> int:
+    """Sends what is marked as sent, and takes the mark from what the broker did not take. Returns how many there were.
+
+    Marked first, other than jobs: a webhook's try that fails at once is due again in seconds, and a mark that came
+    after it would hold it back. Raises BrokerUnavailable.
+    """
+    for position, each in enumerate(due):
         try:
-            broker.publish_chore(MAKE_RENDITION, job_id, kind)
+            send(each)
         except BrokerUnavailable:
             with database.transaction() as session:
-                renditions.not_sent(session, owed[position:])
+                not_sent(session, due[position:])
             raise
-    return sent + helpers + len(due) + len(owed)
+    return len(due)

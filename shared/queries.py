@@ -9,7 +9,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Generic, TypeVar, TypeVarTuple
+from typing import Any, Generic, NamedTuple, TypeVar, TypeVarTuple
 
 from sqlalchemy import (
     BindParameter,
@@ -19,6 +19,7 @@ from sqlalchemy import (
     and_,
     bindparam,
     case,
+    exists,
     func,
     literal,
     or_,
@@ -42,8 +43,12 @@ from shared.models import (
     Job,
     JobState,
     QueuePause,
+    Rendition,
+    Shard,
     Worker,
 )
+
+_NOW = bindparam("now", type_=UtcDateTime)
 
 IMAGE_QUEUES = ("gpu.interactive", "gpu.bulk", "cpu.interactive", "cpu.bulk")
 
@@ -549,7 +554,7 @@ def _heads(needs: tuple[str, ...]) -> Select[str, str, str]:
     firsts = [
         select(Job.id, Job.model, Job.needs, Job.start_tag_px)
         .where(
-            *due(bindparam("now", type_=UtcDateTime)),
+            *due(_NOW),
             Job.queue == bindparam("queue"),
             Job.needs == literal(each),
         )
@@ -850,9 +855,43 @@ def expected_wait_seconds(
     return float(work or 0.0) / max(1, serving)
 
 
-def is_any_queued(session: Session) -> bool:
-    """Whether a job waits, be it due or not."""
-    return session.scalar(select(Job.id).where(Job.state == JobState.QUEUED).limit(1)) is not None
+class MaybeOwed(NamedTuple):
+    """Of what there may be messages to send; where it is False there are none."""
+
+    jobs: bool
+    shards: bool
+    deliveries: bool
+    renditions: bool
+
+
+def maybe_owed(session: Session, *, now: datetime) -> MaybeOwed:
+    """The relay's look at each turn, of which most find nothing: one statement, in place of a transaction for each."""
+    return MaybeOwed(*session.execute(_maybe_owed(), {"now": now}).one())
+
+
+@functools.cache
+def _maybe_owed() -> Select[bool, bool, bool, bool]:
+    return select(
+        exists().where(Job.state == JobState.QUEUED),
+        exists().where(Shard.finished_at.is_(None)),
+        exists().where(Delivery.state == DeliveryState.PENDING, Delivery.due_at <= _NOW),
+        exists().where(Rendition.finished_at.is_(None)),
+    )
+
+
+def is_any_late(session: Session, *, now: datetime) -> bool:
+    """Whether a running job's lease has passed, or a queued one's deadline."""
+    return bool(session.scalar(_late(), {"now": now}))
+
+
+@functools.cache
+def _late() -> Select[bool]:
+    return select(
+        or_(
+            exists().where(Job.state == JobState.RUNNING, Job.lease_until < _NOW),
+            exists().where(Job.state == JobState.QUEUED, Job.deadline_at <= _NOW),
+        )
+    )
 
 
 def unpublished(

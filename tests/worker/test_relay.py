@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import closing
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,21 @@ def test_jobs_are_rescued_while_redis_hangs(sqlite_database: Database, settings:
         if thread.name.startswith("relay-"):
             thread.join(30)
     broker.close()
+
+
+def test_a_turn_that_finds_nothing_to_do_waits_for_no_writer(
+    sqlite_database: Database, settings: Settings, redis_url: str
+) -> None:
+    # Given a job that runs, a process that writes, and SQLite, which has one writer,
+    with sqlite_database.transaction() as session:
+        now = clock(session)
+        a_claim(session, a_job(session, a_key(session, now), now).id, now)
+    busy = Database(settings.sqlalchemy_url)
+    with closing(Broker(settings)) as broker, closing(busy), busy.transaction() as session:
+        session.execute(select(Job.id))
+        # then the relay gets through its turn; to write it would wait until that raises.
+        relay.rescue(sqlite_database, settings, relay.ClockWatch())
+        relay.publish(sqlite_database, broker, settings, threading.Event())
 
 
 def test_a_queued_job_is_sent_when_redis_is_there(

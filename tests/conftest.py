@@ -104,6 +104,14 @@ def needs_whole_service(nodeid: str) -> bool:
     return nodeid.startswith(WHOLE_SERVICES)
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Of what `-m covering` leaves out nothing is loaded."""
+    if config.getoption("markexpr") != "covering":
+        return None
+    path = collection_path.relative_to(config.rootpath).as_posix()
+    return None if any(each.startswith(path) for each in COVERING) else True
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks what `-m` chooses, and puts whole services first.
 

@@ -333,7 +333,12 @@ def relay_due(database: Database, broker: Broker, settings: Settings, *, stoppin
     """
     generation = broker.generation()
     with database.reading() as session:
-        owed = queries.maybe_owed(session, now=clock(session))
+        owed = queries.maybe_owed(
+            session,
+            generation=generation,
+            resend_after_seconds=settings.resend_after_seconds,
+            now=clock(session),
+        )
     sent = _send_jobs(database, broker, settings, generation, stopping) if owed.jobs else 0
     if owed.shards:
         sent += call_helpers(database, broker, settings)

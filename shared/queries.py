@@ -50,6 +50,9 @@ from shared.models import (
 
 _NOW = bindparam("now", type_=UtcDateTime)
 
+SENT_AGAIN_EACH = timedelta(hours=1)
+"""The last, unconditional age of a message: however many copies of it were sent, one more goes out."""
+
 IMAGE_QUEUES = ("gpu.interactive", "gpu.bulk", "cpu.interactive", "cpu.bulk")
 
 
@@ -864,15 +867,27 @@ class MaybeOwed(NamedTuple):
     renditions: bool
 
 
-def maybe_owed(session: Session, *, now: datetime) -> MaybeOwed:
-    """The relay's look at each turn, of which most find nothing: one statement, in place of a transaction for each."""
-    return MaybeOwed(*session.execute(_maybe_owed(), {"now": now}).one())
+def maybe_owed(session: Session, *, generation: str, resend_after_seconds: float, now: datetime) -> MaybeOwed:
+    """The relay's look at each turn, of which most find nothing: one statement, in place of a transaction for each.
+
+    `resend_after_seconds`: no message is sent again sooner. Where it was sent to another `generation` of Redis it is.
+    """
+    stale = now - min(timedelta(seconds=resend_after_seconds), SENT_AGAIN_EACH)
+    asked = {"now": now, "stale": stale, "generation": generation}
+    return MaybeOwed(*session.execute(_maybe_owed(), asked).one())
 
 
 @functools.cache
 def _maybe_owed() -> Select[bool, bool, bool, bool]:
     return select(
-        exists().where(Job.state == JobState.QUEUED),
+        exists().where(
+            Job.state == JobState.QUEUED,
+            or_(
+                Job.published_at.is_(None),
+                Job.published_generation != bindparam("generation"),
+                Job.published_at < bindparam("stale", type_=UtcDateTime),
+            ),
+        ),
         exists().where(Shard.finished_at.is_(None)),
         exists().where(Delivery.state == DeliveryState.PENDING, Delivery.due_at <= _NOW),
         exists().where(Rendition.finished_at.is_(None)),
@@ -913,8 +928,7 @@ def unpublished(
     ]
     never = Job.published_at.is_(None)
     wiped = Job.published_generation != generation if generation is not None else never
-    # The last, unconditional age: however many copies were sent, one more goes out each hour.
-    hourly = Job.published_at < now - timedelta(hours=1)
+    hourly = Job.published_at < now - SENT_AGAIN_EACH
     return session.scalars(
         select(Job)
         .where(

@@ -29,7 +29,7 @@ import pytest
 import redis
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.engine import make_url
 
 import migrations
@@ -250,6 +250,22 @@ def empty_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterat
     else:
         with new_postgresql_database(request.getfixturevalue("postgresql_server").url, "enlarger_empty") as url:
             yield url
+
+
+@contextmanager
+def statements(database: Database) -> Iterator[list[str]]:
+    """The SQL sent to this database inside the block, transactions' own words left out."""
+    sent: list[str] = []
+
+    def hear(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if statement.partition(" ")[0] in ("SELECT", "INSERT", "UPDATE", "DELETE", "WITH"):
+            sent.append(statement)
+
+    event.listen(database.engine, "before_cursor_execute", hear)
+    try:
+        yield sent
+    finally:
+        event.remove(database.engine, "before_cursor_execute", hear)
 
 
 # --- Redis and S3 ---------------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from unittest import mock
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
-from sqlalchemy import event
 from werkzeug.serving import make_server
 from werkzeug.test import TestResponse
 
@@ -174,19 +173,3 @@ def served(app: Flask) -> Iterator[str]:
         server.shutdown()
         thread.join()
         server.server_close()
-
-
-@contextmanager
-def statements(database: Database) -> Iterator[list[str]]:
-    """The SQL sent to this database inside the block, transactions' own words left out."""
-    sent: list[str] = []
-
-    def hear(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        if statement.partition(" ")[0] in ("SELECT", "INSERT", "UPDATE", "DELETE"):
-            sent.append(statement)
-
-    event.listen(database.engine, "before_cursor_execute", hear)
-    try:
-        yield sent
-    finally:
-        event.remove(database.engine, "before_cursor_execute", hear)

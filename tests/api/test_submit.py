@@ -24,8 +24,8 @@ from shared.db import Database
 from shared.models import Job, Upload
 from shared.settings import Settings
 from shared.storage import Storage
-from tests.api.conftest import Api, Caller, running, served, statements
-from tests.conftest import Receiver, Reply, little_room, wait_until
+from tests.api.conftest import Api, Caller, running, served
+from tests.conftest import Receiver, Reply, little_room, statements, wait_until
 from tests.factories import a_png, many_jobs
 
 LOOPBACK = ("127.0.0.0/8",)

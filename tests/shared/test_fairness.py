@@ -5,14 +5,13 @@ from __future__ import annotations
 import random
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from datetime import datetime, timedelta
 from itertools import pairwise
 
 import pytest
-from sqlalchemy import event, insert, select
+from sqlalchemy import insert, select
 from sqlalchemy.orm import Session
 
 from shared import jobs, queries, workers
@@ -21,6 +20,7 @@ from shared.jobs import Claim
 from shared.models import Job, JobState
 from shared.outbox import mark_published
 from shared.workers import WorkerFacts
+from tests.conftest import statements
 from tests.factories import LEASE_SECONDS, a_claim, a_job, a_key, a_result, options, picture, retryable
 
 INTERACTIVE, BULK = "cpu.interactive", "cpu.bulk"
@@ -52,21 +52,6 @@ def hand_in(session: Session, key_id: str, now: datetime, side_px: int, **asked:
         max_queued_jobs=1000,
         now=now,
     ).id
-
-
-@contextmanager
-def statements(database: Database) -> Iterator[list[str]]:
-    sent: list[str] = []
-
-    def count(_connection: object, _cursor: object, statement: str, *_: object) -> None:
-        if not statement.startswith("BEGIN"):
-            sent.append(statement)
-
-    event.listen(database.engine, "before_cursor_execute", count)
-    try:
-        yield sent
-    finally:
-        event.remove(database.engine, "before_cursor_execute", count)
 
 
 def test_a_thousand_jobs_of_one_key_are_behind_the_single_one_of_another(database: Database, now: datetime) -> None:

@@ -14,8 +14,8 @@ from shared import jobs, queries, workers
 from shared.db import Database
 from shared.models import Job, JobState
 from shared.workers import WorkerFacts
+from tests.conftest import statements
 from tests.factories import a_claim, a_job, a_key
-from tests.shared.test_fairness import statements
 
 QUEUES = ("cpu.interactive", "cpu.bulk")
 PLAIN = ("srgan", "lanczos", "auto", "preview")

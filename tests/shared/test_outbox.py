@@ -25,7 +25,7 @@ from shared.errors import BrokerUnavailable, DatabaseUnavailable
 from shared.models import Delivery, Job
 from shared.outbox import Broker, Hurrier, JobMessage
 from shared.settings import Settings
-from tests.conftest import closed_port, wait_until
+from tests.conftest import closed_port, statements, wait_until
 from tests.factories import a_claim, a_job, a_key, retryable
 
 HOOK = "https://receiver.example/hook"
@@ -154,6 +154,16 @@ def test_the_relay_sends_what_was_never_sent_and_marks_it_after(
     assert published(database) == [(1, True)] * 3
     assert outbox.relay_due(database, broker, settings, stopping=never) == 0
     assert len(ids_in(redis_url)) == 3
+
+
+def test_while_jobs_wait_whose_messages_are_on_their_way_a_turn_is_one_statement(
+    database: Database, broker: Broker, settings: Settings
+) -> None:
+    queue_jobs(database, 3)
+    assert outbox.relay_due(database, broker, settings, stopping=never) == 3
+    with statements(database) as turn:
+        assert outbox.relay_due(database, broker, settings, stopping=never) == 0
+    assert len([each for each in turn if "clock_timestamp" not in each]) == 1
 
 
 def test_each_job_goes_to_its_own_queue(

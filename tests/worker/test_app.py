@@ -364,16 +364,23 @@ def test_a_worker_whose_task_ends_while_redis_is_away_takes_messages_again(
 PLAIN_CELERY = """
 import os, time
 from celery import Celery
+from celery.worker.request import Request
 
 app = Celery("plain", broker=os.environ["BROKER"])
+app.Task.Request = "plain:TellsOfStart"
 app.conf.update(
     task_acks_late=True, task_reject_on_worker_lost=False, worker_prefetch_multiplier=1, worker_concurrency=1,
     worker_soft_shutdown_timeout=6, task_ignore_result=True,
 )
 
+# Not told by the task itself: until its main process has heard of the start, Celery takes itself for idle.
+class TellsOfStart(Request):
+    def on_accepted(self, *heard):
+        super().on_accepted(*heard)
+        open("begun", "w").close()
+
 @app.task(name="short")
 def short():
-    open("begun", "w").close()
     time.sleep(1)
     open("ended", "w").close()
 """

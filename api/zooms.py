@@ -1,8 +1,8 @@
 """Tiles out of a pyramid in storage: one range of one blob each, and never the whole.
 
-The worker stores a pyramid as one zip file whose entries are not deflated (`worker.codec.write_pyramid`): a thousand
-megapixels are five thousand tiles, and as many blobs would be slow to store and slow to delete. Where each tile lies
-stands at the file's end; it is read once and remembered for the pyramids looked at last.
+The worker stores a pyramid as one zip file whose entries are not deflated (`worker.codec.convert.write_pyramid`): a
+thousand megapixels are five thousand tiles, and as many blobs would be slow to store and slow to delete. Where each
+tile lies stands at the file's end; it is read once and remembered for the pyramids looked at last.
 """
 
 from __future__ import annotations

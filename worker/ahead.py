@@ -19,8 +19,9 @@ from shared.models import Job
 from shared.pictures import PictureFacts
 from shared.storage import Storage
 from shared.telemetry import log
-from worker.codec import Picture, Samples
-from worker.decoding import Sandboxed
+from worker.codec import Samples
+from worker.codec.decode import Picture
+from worker.codec.sandboxed import Sandboxed
 
 MOST_PX = 12_000_000
 """Of a picture that is decoded ahead: of a larger one the network takes minutes and decoding a second, and both at once

@@ -146,9 +146,9 @@ def classify(pictures: tuple[Path, ...], device: str, as_json: bool) -> None:
 
     from shared.errors import UploadRejected
     from shared.terminal import bars
-    from worker import codec
     from worker import upscale as engine
     from worker.classify import Classifier
+    from worker.codec.decode import decode, flatten
 
     settings = _settings()
     engine.prepare_process(settings.torch_threads)
@@ -161,12 +161,12 @@ def classify(pictures: tuple[Path, ...], device: str, as_json: bool) -> None:
             entry: dict[str, Any] = {"picture": str(path), "labels": None, "error": None}
             try:
                 with path.open("rb") as file:
-                    picture = codec.decode(file, max_input_px=settings.max_input_px)
+                    picture = decode(file, max_input_px=settings.max_input_px)
             except UploadRejected as error:
                 entry["error"] = {"code": error.code, "detail": error.detail}
             else:
                 if picture.has_alpha:
-                    picture = codec.flatten(picture, "#ffffff")
+                    picture = flatten(picture, "#ffffff")
                 rgb = picture.rgb if picture.rgb.dtype == np.uint8 else (picture.rgb >> 8).astype(np.uint8)
                 entry["labels"] = [asdict(label) for label in classifier.classify(rgb)]
             found.append(entry)

@@ -15,7 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from shared.catalog import PREVIEW
 from shared.errors import BadOutput, InvalidRequest, ModelUnavailable
-from worker import codec, upscale
+from worker import upscale
+from worker.codec.decode import flatten
 from worker.enlarging import Engine, Enlarged, Onlooker, Progress, Watch
 from worker.networks import Network
 
@@ -58,7 +59,7 @@ def make(
     started = time.perf_counter()
     picture = engine.decode(source, watch)
     if picture.has_alpha:
-        picture = codec.flatten(picture, "#ffffff")
+        picture = flatten(picture, "#ffffff")
     seen = picture.rgb[crop["y"] : crop["y"] + crop["height"], crop["x"] : crop["x"] + crop["width"]]
     seen = np.ascontiguousarray(seen if seen.dtype == np.uint8 else seen >> 8, dtype=np.uint8)
 

@@ -25,14 +25,18 @@ from shared.catalog import ModelCard
 from shared.errors import BadOutput
 from shared.pictures import Format, check_size, format_named
 from shared.settings import Settings
-from worker import codec, routing, upscale
+from worker import routing, upscale
 from worker.batching import Batcher
 from worker.classify import Classifier, Label
-from worker.codec import Encoder, Metadata, Picture, Samples
-from worker.decoding import Decoder, InProcess
+from worker.codec import Samples
+from worker.codec.color import luma, quantize
+from worker.codec.decode import Picture, flatten
+from worker.codec.encode import Encoder, check_memory, open_encoder
+from worker.codec.metadata import Metadata, metadata_for_result
+from worker.codec.parts import Layout, PartWriter, open_part
+from worker.codec.sandboxed import Decoder, InProcess
 from worker.fidelity import Comparison, Sums
 from worker.networks import Network, load
-from worker.parts import Layout, PartWriter, open_part
 from worker.tiling import Band, Plan
 from worker.upscale import Descent, EnlargedRows, Repairs, Work
 from worker.usage import available_bytes
@@ -146,7 +150,7 @@ class MadePart:
 
     bytes: int
     facts: dict[str, Any]
-    """For `worker.parts`, which joins it."""
+    """For `worker.codec.parts`, which joins it."""
     sums: Sums
     repairs: Repairs
     timings: dict[str, float]
@@ -310,7 +314,7 @@ class Engine:
             lossless=wanted.lossless,
         )
         has_alpha = facts.has_alpha and wanted.alpha != "flatten"
-        codec.check_memory(
+        check_memory(
             wanted.format,
             width,
             height,
@@ -415,7 +419,7 @@ class Making:
     @property
     def metadata(self) -> Metadata:
         """Of the result's file."""
-        return codec.metadata_for_result(self.picture, self.wanted.metadata_policy, self.width, self.height)
+        return metadata_for_result(self.picture.metadata, self.wanted.metadata_policy, self.width, self.height)
 
     def layout(self, rows_in_strip: int) -> Layout:
         """Of the result's file, where it is made in parts."""
@@ -511,7 +515,7 @@ class Making:
         }
 
     def _encoder(self, target: Path) -> Encoder:
-        return codec.open_encoder(
+        return open_encoder(
             target,
             self.format.name,
             self.width,
@@ -641,7 +645,7 @@ def _laid_on_background(picture: Picture, wanted: Wanted, format: Format) -> tup
     told: tuple[str, ...] = ()
     if wanted.alpha != "flatten":
         told = (f"{format.name.upper()} holds no transparency; the picture was laid on {wanted.background}.",)
-    return codec.flatten(picture, wanted.background), told
+    return flatten(picture, wanted.background), told
 
 
 def _result_channels(picture: Picture, format: Format) -> int:
@@ -687,7 +691,7 @@ class _Enlarging:
                     return
                 samples = finished.pixels
                 if gray:
-                    samples = codec.quantize(codec.luma(samples), self._bits)[..., None]
+                    samples = quantize(luma(samples), self._bits)[..., None]
                     if not self._format.holds_gray:
                         samples = np.repeat(samples, 3, axis=2)
                 if alpha is not None:
@@ -736,7 +740,7 @@ class _Enlarging:
             def by_network(finished: EnlargedRows) -> Samples:
                 opacity = next(opacities)
                 assert opacity.y_px == finished.y_px
-                return codec.quantize(codec.luma(opacity.pixels), self._bits)
+                return quantize(luma(opacity.pixels), self._bits)
 
             return by_network
         unit = np.divide(picture.alpha, np.iinfo(picture.alpha.dtype).max, dtype=np.float32)
@@ -746,9 +750,7 @@ class _Enlarging:
             rows, columns = finished.pixels.shape[:2]
             # Filters see past the box: its rows are those of the whole plane resized at once.
             box = (0, finished.y_px / self._scale, picture.width, (finished.y_px + rows) / self._scale)
-            return codec.quantize(
-                np.asarray(plane.resize((columns, rows), Image.Resampling.LANCZOS, box=box)), self._bits
-            )
+            return quantize(np.asarray(plane.resize((columns, rows), Image.Resampling.LANCZOS, box=box)), self._bits)
 
         return by_lanczos
 

@@ -38,7 +38,7 @@ from shared.workers import Presence
 from worker import contact_sheet, outcomes, sharding, upscale
 from worker.ahead import Ahead
 from worker.claiming import ClaimedJob, ClaimedShard, Claiming
-from worker.decoding import Sandboxed
+from worker.codec.sandboxed import Sandboxed
 from worker.enlarging import Engine, Enlarged, Onlooker, Wanted
 from worker.lifeline import STORE_BYTES_PER_SECOND, HelpersLifeline, Lifeline, SharedLifeline
 from worker.networks import own

@@ -15,7 +15,7 @@ from shared.pictures import format_named
 from shared.renditions import RenditionClaim
 from shared.storage import Storage
 from shared.telemetry import log
-from worker import codec
+from worker.codec.convert import convert, write_pyramid
 from worker.usage import available_bytes
 
 
@@ -59,10 +59,10 @@ def _make(storage: Storage, job: Job, claim: RenditionClaim) -> tuple[str, int]:
         with source.open("wb") as file:
             storage.get(job.result_key, file)
         if is_zoom:
-            size_bytes = codec.write_pyramid(source, target, tile_px=renditions.TILE_PX)
+            size_bytes = write_pyramid(source, target, tile_px=renditions.TILE_PX)
             key, mime_type = f"{job.blob_prefix}/zoom-{claim.number}.zip", "application/zip"
         else:
-            size_bytes = codec.convert(
+            size_bytes = convert(
                 source,
                 target,
                 claim.kind,

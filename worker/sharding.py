@@ -2,7 +2,7 @@
 
 Both make the same thing: a part, some neighbouring bands computed as they were planned, so that the joined picture is
 the one that a single worker makes (`CONTRIBUTING.md` has how nearly). What may happen to a shard is in
-`shared.shards`; how parts are encoded and joined is in `worker.parts`.
+`shared.shards`; how parts are encoded and joined is in `worker.codec.parts`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ from shared.settings import Settings
 from shared.shards import ShardClaim, Standing
 from shared.storage import Storage
 from shared.telemetry import log
-from worker import parts
-from worker.codec import Samples
+from worker.codec import Samples, parts
 from worker.enlarging import Engine, Enlarged, MadePart, Making, NotTrue
 from worker.fidelity import Sums
 from worker.lifeline import STORE_BYTES_PER_SECOND, ShardsLifeline, ShardTaken, SharedLifeline

@@ -19,7 +19,8 @@ from shared.errors import StorageUnavailable
 from shared.pictures import Format
 from shared.storage import MULTIPART_BYTES, Storage, Upload
 from shared.telemetry import log
-from worker.codec import WRITTEN_IN_ORDER, Samples, partial_path
+from worker.codec import Samples
+from worker.codec.encode import WRITTEN_IN_ORDER, partial_path
 
 MOST_BYTES_PER_PX = 8
 """Of a result before it is packed: four channels of 16 bits."""

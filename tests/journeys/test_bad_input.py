@@ -41,8 +41,8 @@ from tests.conftest import wait_until
 from tests.factories import a_png
 from tests.mutants import bombs, mutants
 from tests.worker import a_network
-from tests.worker.test_codec import EXPECTED_DISAGREEMENTS
-from worker.decoding import Sandboxed
+from tests.worker.codec.test_decode import EXPECTED_DISAGREEMENTS
+from worker.codec.sandboxed import Sandboxed
 from worker.enlarging import Engine
 from worker.execute import Executor
 

@@ -19,9 +19,9 @@ from shared.storage import Storage
 from shared.workers import WorkerFacts
 from tests.factories import a_claim, a_job, a_key, a_png
 from worker import ahead as ahead_module
-from worker import codec
 from worker.ahead import Ahead
-from worker.decoding import Sandboxed
+from worker.codec.decode import decode
+from worker.codec.sandboxed import Sandboxed
 
 NO_ROWS = np.zeros((0, 1, 3), np.uint8)
 
@@ -61,7 +61,7 @@ def test_an_attempt_finds_its_picture_fetched_and_decoded(decoder: Sandboxed, st
         picture = ahead.decode(source, facts)
         assert decoder.sandbox.last_spent is spent, "nothing is decoded twice"
         assert (facts.width, facts.height) == (40, 30)
-        assert np.array_equal(picture.rgb, codec.decode(io.BytesIO(a_png(40, 30)), max_input_px=10_000).rgb)
+        assert np.array_equal(picture.rgb, decode(io.BytesIO(a_png(40, 30)), max_input_px=10_000).rgb)
         # Asked once more, it is decoded once more: the picture was given away.
         assert np.array_equal(ahead.decode(source, facts).rgb, picture.rgb)
     assert ahead.take(job.id) is None

@@ -24,7 +24,8 @@ from shared.errors import (
     TooManyPixels,
 )
 from tests.worker import a_network
-from worker import codec, enlarging
+from worker import enlarging
+from worker.codec.encode import Encoder
 from worker.enlarging import FIRST_USE_SECONDS, Engine, Enlarged, Progress, Unwatched, Wanted
 
 WIDTH, HEIGHT = 20, 12
@@ -230,7 +231,7 @@ def test_an_encoder_that_fails_while_the_network_runs_ends_the_work(
         raise DiskFull
 
     monkeypatch.setattr(enlarging, "HELD_BEHIND_BYTES", 0)
-    monkeypatch.setattr(codec.Encoder, "write", full)
+    monkeypatch.setattr(Encoder, "write", full)
     with pytest.raises(DiskFull):
         engine.enlarge_file(a_file(Image.new("RGB", (2, 40))), tmp_path / "result.png", Wanted())
     assert networks["cpu"].calls < 20, "the network does not run on for nothing"
@@ -247,7 +248,7 @@ def test_what_waits_for_the_encoder_is_dropped_where_the_work_is_stopped(
     written: list[int] = []
     stopped = threading.Event()
 
-    def slow(_encoder: codec.Encoder, rows: NDArray[Any]) -> None:
+    def slow(_encoder: Encoder, rows: NDArray[Any]) -> None:
         written.append(len(rows))
         stopped.wait(20)
 
@@ -259,7 +260,7 @@ def test_what_waits_for_the_encoder_is_dropped_where_the_work_is_stopped(
                 raise Enough
 
     a_network.install(monkeypatch)
-    monkeypatch.setattr(codec.Encoder, "write", slow)
+    monkeypatch.setattr(Encoder, "write", slow)
     engine = Engine("cpu", max_input_px=10_000, max_output_px=1_000_000, tile_px=2)
     with pytest.raises(Enough):
         engine.enlarge_file(a_file(Image.new("RGB", (2, 40))), tmp_path / "result.png", Wanted(), Stopping())

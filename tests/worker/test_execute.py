@@ -31,7 +31,7 @@ from tests.worker import a_network
 from tests.worker.a_bench import Bench
 from worker import execute, lifeline
 from worker.ahead import Ahead
-from worker.decoding import Sandboxed
+from worker.codec.sandboxed import Sandboxed
 from worker.enlarging import Engine
 from worker.execute import Executor
 from worker.outcomes import Canceled, Fatal, Released, Retryable, Succeeded, Superseded

@@ -18,7 +18,7 @@ from shared.errors import StaleAttempt
 from shared.models import Job, JobState, Rendition
 from shared.storage import Storage
 from tests.factories import a_job_in, a_key, a_result
-from worker import codec
+from worker.codec.encode import open_encoder
 from worker.renditions import make
 
 
@@ -54,7 +54,7 @@ def a_result_png(tmp_path: Path, *, channels: int = 3, bits: int = 8) -> bytes:
     if channels in (2, 4):
         rows[..., -1] = top // 2
     path = tmp_path / "result.png"
-    with codec.open_encoder(path, "png", 700, 300, channels=channels, bits=bits) as encoder:
+    with open_encoder(path, "png", 700, 300, channels=channels, bits=bits) as encoder:
         encoder.write(rows)
     return path.read_bytes()
 

@@ -39,8 +39,8 @@ from tests.conftest import closed_port, wait_until
 from tests.factories import a_png
 from tests.worker import a_network
 from tests.worker.a_bench import Bench
-from worker import chores, claiming, lifeline, parts, previews, sharding
-from worker.codec import Samples
+from worker import chores, claiming, lifeline, previews, sharding
+from worker.codec import Samples, parts
 from worker.enlarging import Engine, Making, Unwatched, Wanted
 from worker.execute import Executor
 from worker.fidelity import Sums

@@ -16,7 +16,7 @@ from shared.pictures import format_named
 from shared.storage import Storage, Upload
 from tests.conftest import wait_until
 from worker import storing
-from worker.codec import WRITTEN_IN_ORDER, open_encoder, partial_path
+from worker.codec.encode import WRITTEN_IN_ORDER, open_encoder, partial_path
 from worker.storing import Storing
 
 KEY = "jobs/job_1/random/result-1.png"

@@ -3,7 +3,7 @@
 VP8 (RFC 6386) cannot begin before the picture's end, since its encoder looks at all of it before it writes a block. But
 what it looks at is YUV, 1.5 bytes a px; libvips holds the picture as RGB beside that. Here two rows and two rows are
 converted by libwebp's own function, a strip at a time, so that the file is the one that libvips writes, to the last bit
-(`tests/worker/test_webp.py`).
+(`tests/worker/codec/test_webp.py`).
 
 libwebp is that of the package `webp`, which has its functions and, of its picture, only the fields that it needs
 itself. The planes are found by libwebp's public header; where the two disagree we have no libwebp (`is_available`).

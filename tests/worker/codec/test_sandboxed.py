@@ -1,4 +1,4 @@
-"""What comes out of the sandbox is the picture that `codec.decode` gives, in bounded memory, or an error of ours."""
+"""What comes out of the sandbox is the picture that `decode` gives, in bounded memory, or an error of ours."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from shared.errors import InternalError, InvalidImage, TooManyPixels, Unavailabl
 from shared.pictures import FORMATS, inspect
 from shared.sandbox import Limits, Sandbox
 from tests.factories import a_png
-from tests.worker.lying_decoder import TALES
-from tests.worker.test_codec import exif_of_a_camera, photograph, png, saved, swapped_profile, tiff
-from worker import codec, decoding
-from worker.decoding import Sandboxed, limits_for
+from tests.worker.codec.lying_decoder import TALES
+from tests.worker.codec.made import exif_of_a_camera, photograph, png, saved, swapped_profile, tiff
+from worker.codec import sandboxed
+from worker.codec.decode import Picture, decode
+from worker.codec.sandboxed import Sandboxed, limits_for
 
 MAX_PX = 10_000_000
 
@@ -67,7 +68,7 @@ def every_kind(height: int = 13, width: int = 17) -> dict[str, bytes]:
 @pytest.mark.parametrize("kind", every_kind())
 def test_a_picture_comes_out_of_the_sandbox_as_it_is_decoded_here(decoder: Sandboxed, kind: str) -> None:
     file = io.BytesIO(every_kind()[kind])
-    expected = codec.decode(file, max_input_px=MAX_PX)
+    expected = decode(file, max_input_px=MAX_PX)
     facts = decoder.inspect(file)
     assert facts == inspect(file)
     found = decoder.decode(file, facts)
@@ -98,7 +99,7 @@ def test_a_large_picture_moves_to_disk_and_rows_that_rest_are_no_memory(
 ) -> None:
     monkeypatch.setattr(sandbox, "KEPT_IN_MEMORY_BYTES", 0)
     file = io.BytesIO(every_kind(600, 700)[kind])
-    expected = codec.decode(file, max_input_px=MAX_PX)
+    expected = decode(file, max_input_px=MAX_PX)
     found = decoder.decode(file, decoder.inspect(file))
     assert np.array_equal(found.rgb, expected.rgb)
     in_memory = resident_bytes(found)
@@ -114,7 +115,7 @@ def test_a_large_picture_moves_to_disk_and_rows_that_rest_are_no_memory(
     expected.rest(0, 550)
 
 
-def resident_bytes(picture: codec.Picture) -> int:
+def resident_bytes(picture: Picture) -> int:
     """Of the file that the picture is mapped from, as the kernel counts for this process."""
     start = picture.rgb.__array_interface__["data"][0]
     lines = iter(Path("/proc/self/smaps").read_text().splitlines())
@@ -187,7 +188,7 @@ def test_a_decoder_that_wants_more_memory_than_a_picture_may_take_is_refused(
 ) -> None:
     file = io.BytesIO(every_kind(1000, 1000)["rgba webp"])
     facts = decoder.inspect(file)
-    monkeypatch.setattr(decoding, "limits_for", lambda *_: Limits(4_000_000, 60, 60.0, 10_000_000))
+    monkeypatch.setattr(sandboxed, "limits_for", lambda *_: Limits(4_000_000, 60, 60.0, 10_000_000))
     with pytest.raises(InvalidImage):
         decoder.decode(file, facts)
 
@@ -195,7 +196,7 @@ def test_a_decoder_that_wants_more_memory_than_a_picture_may_take_is_refused(
 @pytest.mark.parametrize("tale", TALES)
 def test_a_decoder_that_lies_is_not_believed(tale: str) -> None:
     lied_to = Sandboxed(MAX_PX)
-    lied_to.sandbox = Sandbox("tests.worker.lying_decoder")
+    lied_to.sandbox = Sandbox("tests.worker.codec.lying_decoder")
     file = io.BytesIO(a_png() + b"tale:" + tale.encode())
     try:
         with pytest.raises(InvalidImage, match="broke off"):

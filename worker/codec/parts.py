@@ -9,8 +9,8 @@ metadata and zlib's header (RFC 1950); behind, an empty final block and the chec
 those of the parts. TIFF: a part is strips, each a zlib stream of its own; behind the last comes the directory that
 says where each begins.
 
-What is around the pixels is taken from a file of one px that `worker.codec` writes: a joined file says what an ordinary
-one does.
+What is around the pixels is taken from a file of one px that `worker.codec.encode` writes: a joined file says what
+an ordinary one does.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from worker import codec
-from worker.codec import MOST_STRIP_BYTES, Metadata, Samples
+from worker.codec import Samples
+from worker.codec.encode import MOST_STRIP_BYTES, PNG_SIGNATURE, needs_bigtiff, open_encoder, png_chunk
+from worker.codec.metadata import Metadata, exif_of_size
 
 FORMATS = ("png", "tiff")
 """Those that can be joined. JPEG, WebP and AVIF carry state, or the whole picture, from the first px to the last."""
@@ -43,7 +44,7 @@ _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 7: 1, 16: 8}
 
 _ADLER_BASE = 65521
 _PNG_COMPRESSION, _TIFF_COMPRESSION = 3, 6
-"""As `worker.codec` has libvips compress them."""
+"""As `worker.codec.encode` has libvips compress them."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class _PngPart(_Part):
         return {"adler": self._adler, "raw_bytes": self._bytes}
 
     def _chunk(self, most_bytes: int) -> None:
-        self._file.write(codec.png_chunk(b"IDAT", bytes(self._packed[:most_bytes])))
+        self._file.write(png_chunk(b"IDAT", bytes(self._packed[:most_bytes])))
         del self._packed[:most_bytes]
 
 
@@ -209,7 +210,7 @@ def _template(layout: Layout, metadata: Metadata) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "px"
         dtype = np.uint8 if layout.bits == 8 else np.uint16
-        with codec.open_encoder(
+        with open_encoder(
             path, layout.format, 1, 1, channels=layout.channels, bits=layout.bits, metadata=metadata
         ) as encoder:
             encoder.write(np.zeros((1, 1, layout.channels), dtype))
@@ -217,33 +218,33 @@ def _template(layout: Layout, metadata: Metadata) -> bytes:
 
 
 def _around_png(layout: Layout, parts: Sequence[Mapping[str, Any]], template: bytes) -> tuple[bytes, bytes]:
-    front, back = bytearray(codec.PNG_SIGNATURE), bytearray()
+    front, back = bytearray(PNG_SIGNATURE), bytearray()
     has_pixels = False
-    position = len(codec.PNG_SIGNATURE)
+    position = len(PNG_SIGNATURE)
     while position < len(template):
         length = 12 + int.from_bytes(template[position : position + 4], "big")
         chunk = template[position : position + length]
         position += length
         match chunk[4:8]:
             case b"IHDR":
-                front += codec.png_chunk(b"IHDR", struct.pack(">II", layout.width, layout.height) + chunk[16:-4])
+                front += png_chunk(b"IHDR", struct.pack(">II", layout.width, layout.height) + chunk[16:-4])
             case b"IDAT":
                 has_pixels = True
             case b"eXIf":
-                front += codec.png_chunk(b"eXIf", codec.exif_of_size(chunk[8:-4], layout.width, layout.height))
+                front += png_chunk(b"eXIf", exif_of_size(chunk[8:-4], layout.width, layout.height))
             case _:
                 (back if has_pixels else front).extend(chunk)
     adler = 1
     for part in parts:
         adler = adler32_of_both(adler, part["adler"], part["raw_bytes"])
     # Deflate with a window of 32 kB, checked modulo 31.
-    front += codec.png_chunk(b"IDAT", b"\x78\x5e")
+    front += png_chunk(b"IDAT", b"\x78\x5e")
     # An empty block of fixed codes that is marked as the last.
-    return bytes(front), codec.png_chunk(b"IDAT", b"\x03\x00" + struct.pack(">I", adler)) + bytes(back)
+    return bytes(front), png_chunk(b"IDAT", b"\x03\x00" + struct.pack(">I", adler)) + bytes(back)
 
 
 def _around_tiff(layout: Layout, parts: Sequence[Mapping[str, Any]], template: bytes) -> tuple[bytes, bytes]:
-    is_big = codec.needs_bigtiff(layout.width * layout.height * layout.channels * layout.bits // 8)
+    is_big = needs_bigtiff(layout.width * layout.height * layout.channels * layout.bits // 8)
     offset_code, offset_type = ("Q", _LONG8) if is_big else ("I", _LONG)
     offset_bytes = struct.calcsize(offset_code)
     header_bytes = 2 * offset_bytes

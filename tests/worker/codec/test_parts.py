@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import pyvips
 
-from worker import codec, parts
-from worker.codec import Metadata, Samples
+from worker.codec import Samples, encode, parts
+from worker.codec.metadata import Metadata
 
 METADATA = Metadata(xmp=b"<x:xmpmeta xmlns:x='adobe:ns:meta/'/>", dpi=150.0)
 
@@ -47,7 +47,8 @@ def read(image: pyvips.Image) -> tuple[Samples, dict[str, Any]]:
 def test_a_joined_file_is_what_one_encoder_would_have_written(
     format: str, channels: int, bits: int, is_big: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(codec, "needs_bigtiff", lambda raw_bytes: is_big and raw_bytes > 100)
+    for module in (encode, parts):
+        monkeypatch.setattr(module, "needs_bigtiff", lambda raw_bytes: is_big and raw_bytes > 100)
     cuts, width = (12, 24, 8, 5), 33
     noise = np.random.default_rng(1).integers(0, 9, (sum(cuts), width, channels))
     slope = np.add.outer(np.arange(sum(cuts)) * 37, np.arange(width) * 11)[..., None] * (1 if bits == 8 else 40)
@@ -55,7 +56,9 @@ def test_a_joined_file_is_what_one_encoder_would_have_written(
 
     file = joined(tmp_path, samples, format, cuts, rows_at_once=5)
     path = tmp_path / f"whole-{is_big}"
-    with codec.open_encoder(path, format, width, sum(cuts), channels=channels, bits=bits, metadata=METADATA) as encoder:
+    with encode.open_encoder(
+        path, format, width, sum(cuts), channels=channels, bits=bits, metadata=METADATA
+    ) as encoder:
         encoder.write(samples)
 
     got, said = read(pyvips.Image.new_from_buffer(file, "", fail_on="warning"))

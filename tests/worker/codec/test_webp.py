@@ -23,11 +23,14 @@ from webp._webp import ffi, lib
 
 from shared.errors import FormatCannotHoldDetail, InternalError, OutOfMemory
 from tests.conftest import wait_until
-from worker import codec, webp
-from worker.codec import Metadata, open_encoder, partial_path
+from worker.codec import webp
+from worker.codec.color import srgb_profile
+from worker.codec.convert import convert
+from worker.codec.encode import check_memory, open_encoder, partial_path
+from worker.codec.metadata import Metadata
 
 Array = npt.NDArray[Any]
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +150,7 @@ def test_profile_and_metadata_are_what_libvips_writes_and_are_read_again(
     assert [name for name, _ in webp.chunks(content)] == beside
     with Image.open(io.BytesIO(content)) as image:
         assert image.size == (301, 97)
-        assert image.info["icc_profile"] == codec._srgb_profile()
+        assert image.info["icc_profile"] == srgb_profile()
         assert image.info.get("xmp") == xmp
         read = image.getexif()
         assert read.get(315) == ("Ann Example" if with_exif else None)
@@ -174,7 +177,7 @@ def test_a_stored_result_becomes_the_webp_that_libvips_makes_of_it(
 
     def converted(name: str) -> tuple[dict[bytes, bytes], Image.Exif]:
         asked: dict[str, Any] = {"quality": 90, "lossless": False, "background": "#ffffff"}
-        size = codec.convert(source, tmp_path / name, "webp", available_bytes=10**9, **asked)
+        size = convert(source, tmp_path / name, "webp", available_bytes=10**9, **asked)
         content = (tmp_path / name).read_bytes()
         assert len(content) == size
         beside = dict(webp.chunks(content))
@@ -213,7 +216,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from worker.codec import open_encoder
+from worker.codec.encode import open_encoder
 
 target = Path(sys.argv[1])
 with open_encoder(target, "webp", 8, 8, channels=3) as encoder:
@@ -314,7 +317,7 @@ MEMORY_SCRIPT = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from worker.codec import open_encoder
+from worker.codec.encode import open_encoder
 
 def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
@@ -341,7 +344,7 @@ def test_a_large_picture_takes_little_more_than_its_yuv(tmp_path: Path) -> None:
 
 def needed_bytes(*, has_alpha: bool = False, lossless: bool = False) -> int:
     with pytest.raises(OutOfMemory) as refused:
-        codec.check_memory("webp", 1000, 1000, has_alpha=has_alpha, lossless=lossless, available_bytes=0)
+        check_memory("webp", 1000, 1000, has_alpha=has_alpha, lossless=lossless, available_bytes=0)
     return int(refused.value.facts["needed_bytes"])
 
 

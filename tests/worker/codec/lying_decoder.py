@@ -1,4 +1,4 @@
-"""A decoder that a picture has taken over: what it says of itself is made up. The tasks of `test_decoding.py`."""
+"""A decoder that a picture has taken over: what it says of itself is made up. The tasks of `test_sandboxed.py`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The worker's way to a picture: decoded in a child of `shared.sandbox`, and handed over by shared memory.
 
-The child runs `worker.codec`; what comes back is the same Picture. The samples are mapped: small ones are in memory
-once, where the child has put them, and large ones in a file, of which those rows are in memory that are being read.
+The child runs `worker.codec.decode`; what comes back is the same Picture. The samples are mapped: small ones are in
+memory once, where the child has put them, and large ones in a file, of which those rows are in memory that are being
+read.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from shared import pictures
 from shared.errors import InternalError, InvalidImage, Unavailable, UnsupportedFormat
 from shared.pictures import PictureFacts, inspect
 from shared.sandbox import Limits, Sandbox, Task
-from worker import codec
-from worker.codec import Picture, Samples, SourceMetadata
+from worker.codec import Samples
+from worker.codec.decode import Picture, decode
+from worker.codec.metadata import SourceMetadata
 
-# Twice what any kind of picture was seen to take (tests/worker/test_decoding.py measures each).
+# Twice what any kind of picture was seen to take (tests/worker/codec/test_sandboxed.py measures each).
 BYTES_PER_PX = 64
 # Ten times what the slowest kinds take; a second at least.
 CPU_PX_PER_SECOND = 200_000
@@ -53,7 +55,7 @@ class InProcess:
         return inspect(file)
 
     def decode(self, file: BinaryIO, _facts: PictureFacts) -> Picture:
-        return codec.decode(file, max_input_px=self.max_input_px)
+        return decode(file, max_input_px=self.max_input_px)
 
 
 class Sandboxed:
@@ -61,7 +63,7 @@ class Sandboxed:
 
     def __init__(self, max_input_px: int) -> None:
         self.max_input_px = max_input_px
-        self.sandbox = Sandbox("worker.decoding")
+        self.sandbox = Sandbox("worker.codec.sandboxed")
 
     def inspect(self, file: BinaryIO) -> PictureFacts:
         """Raises what `shared.pictures.inspect` raises, and InternalError where no answer came in time."""
@@ -71,8 +73,8 @@ class Sandboxed:
             raise _stalled(error) from error
 
     def decode(self, file: BinaryIO, facts: PictureFacts) -> Picture:
-        """Raises what `codec.decode` raises, InvalidImage also where the child died of the file or used up what it
-        may, and InternalError where no answer came in time."""
+        """Raises what `worker.codec.decode` raises, InvalidImage also where the child died of the file or used up
+        what it may, and InternalError where no answer came in time."""
         file_bytes = file.seek(0, os.SEEK_END)
         try:
             told, output = self.sandbox.run("decode", file, limits_for(facts, file_bytes), max_px=self.max_input_px)
@@ -126,7 +128,7 @@ _TOLD = TypeAdapter(_Told)
 
 
 def _decode_task(file: BinaryIO, output: BinaryIO, *, max_px: int) -> dict[str, Any]:
-    picture = codec.decode(file, max_input_px=max_px)
+    picture = decode(file, max_input_px=max_px)
     about = picture.metadata
 
     def written(content: Samples | bytes | None) -> int | None:

@@ -36,6 +36,8 @@ KEPT_SECONDS = 7 * 86400
 
 _HOST_NAME_KEPT = 60
 _BEAT_PREFIX = "enlarger-beat-"
+# Processes beat every few seconds; one that has slept for longer, with its machine, leaves a new one.
+_BEAT_KEPT_SECONDS = 3600
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,17 @@ def silent_for_seconds(folder: Path | None = None) -> dict[int, float]:
     return found
 
 
+def _forget_beats(folder: Path) -> None:
+    """Removes what processes that were killed have left there, as far as it is ours to remove.
+
+    Known by its age: a process may share the folder with us and not the list of processes, as in another container.
+    """
+    for path in folder.glob(f"{_BEAT_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > _BEAT_KEPT_SECONDS:
+                path.unlink()
+
+
 def _started(pid: int) -> str:
     """The moment at which a process was started, in ticks of the kernel's clock; empty where there is none."""
     try:
@@ -212,6 +225,7 @@ class Presence:
     def start(self, *, at_once: bool = True) -> None:
         """Enlists and begins to beat; where the database is away, enlists when it is back. With `at_once` false no
         server is asked before the first interval is over."""
+        _forget_beats(self._beat_file.parent)
         if at_once:
             self._beat()
         self._thread.start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import socket
+import statistics
 import struct
 import threading
 import time
@@ -22,6 +23,7 @@ from api.schemas import JobView
 from shared import outbox
 from shared.db import Database
 from shared.models import Job, Upload
+from shared.servers import free_port
 from shared.settings import Settings
 from shared.storage import Storage
 from tests.api.conftest import Api, Caller, running, served
@@ -348,18 +350,23 @@ def frozen_redis() -> Iterator[socket.socket]:
 
 @pytest.mark.parametrize("how", ["refused", "frozen"])
 def test_submit_is_quick_without_redis(
-    settings: Settings, sqlite_database: Database, storage: Storage, frozen_redis: socket.socket, how: str
+    settings: Settings,
+    sqlite_database: Database,
+    storage: Storage,
+    redis_url: str,
+    frozen_redis: socket.socket,
+    how: str,
 ) -> None:
-    if how == "frozen":
-        url = f"redis://127.0.0.1:{frozen_redis.getsockname()[1]}/0"
-        settings = settings.model_copy(update={"redis_url": url})
-    took_seconds = []
-    with running(settings) as api:
+    port = frozen_redis.getsockname()[1] if how == "frozen" else free_port()
+    without = settings.model_copy(update={"redis_url": f"redis://127.0.0.1:{port}/0"})
+    took_seconds, usual_seconds = [], []
+    with running(settings) as api_with_redis, running(without) as api:
         caller = api.caller()
-        for _ in range(30):
+        # A machine with other things to do is slow whatever Redis does: in turns, so that both meet the same.
+        for took, asked in ((usual_seconds, api_with_redis.caller()), (took_seconds, caller)) * 30:
             began = time.perf_counter()
-            answer = caller.submit()
-            took_seconds.append(time.perf_counter() - began)
+            answer = asked.submit()
+            took.append(time.perf_counter() - began)
             assert answer.status_code == 202, answer.text
         assert answer.headers["RateLimit"].startswith('"key";r=5970;')
         with sqlite_database.reading() as session:
@@ -367,10 +374,10 @@ def test_submit_is_quick_without_redis(
             assert session.get_one(Job, answer.json["id"]).published_at is None
         # Its pending connections are reset now, so that nobody waits for them at the end.
         frozen_redis.close()
-    took_seconds.sort()
-    assert took_seconds[15] < 0.25, took_seconds
+    told = f"{sorted(took_seconds)} s; usual: {sorted(usual_seconds)} s"
+    assert statistics.median(took_seconds) < max(0.25, 4 * statistics.median(usual_seconds)), told
     # A frozen Redis costs one request in a great many a tenth of a second.
-    assert sum(seconds > 0.5 for seconds in took_seconds) <= 1, took_seconds
+    assert sum(seconds > max(0.5, 4 * max(usual_seconds)) for seconds in took_seconds) <= 1, told
 
 
 def test_submit_and_poll_send_as_many_statements_with_one_job_queued_as_with_two_thousand(

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from shared import jobs, workers
+from shared import jobs, queries, workers
 from shared.db import Database, clock
-from shared.models import Attempt, Worker
+from shared.models import Attempt
+from shared.stack import Stack
 from tests.conftest import Service, wait_until
 from tests.factories import a_png
 
 
 def test_drained_workers_take_nothing_and_when_one_is_resumed_the_job_is_done(
-    service: Service, stack_database: Database
+    service: Service, stack: Stack, stack_database: Database
 ) -> None:
+    lost_after = stack.settings.worker_lost_after_seconds
+
     def image_workers() -> list[str]:
         with stack_database.reading() as session:
-            alive = session.query(Worker).filter_by(kind="images", stopped_at=None)
-            return [worker.id for worker in alive]
+            # Those of tests before this one that were killed never said that they stopped.
+            alive = queries.live_workers(session, worker_lost_after_seconds=lost_after, now=clock(session))
+            return [worker.id for worker in alive if worker.kind == "images"]
 
-    both = wait_until(lambda: found if len(found := image_workers()) >= 2 else None, seconds=60, what="two workers")
+    both = wait_until(lambda: found if len(found := image_workers()) == 2 else None, seconds=60, what="two workers")
     with stack_database.transaction() as session:
         for worker_id in both:
             workers.drain(session, worker_id, now=clock(session))

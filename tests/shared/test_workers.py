@@ -188,3 +188,14 @@ def test_a_beat_of_a_process_that_is_gone_counts_for_nobody(beats: Path) -> None
     # Its number is another process's today: that one was started at another moment.
     (beats / f"enlarger-beat-{os.getpid()}-1").touch()
     assert workers.silent_for_seconds() == {}
+
+
+def test_what_killed_processes_have_left_is_removed_by_those_that_start(beats: Path, sqlite_database: Database) -> None:
+    killed, of_another_container = (beats / f"enlarger-beat-{pid}-1" for pid in (4_000_001, 4_000_002))
+    for file in (killed, of_another_container):
+        file.touch()
+    os.utime(killed, (0, 0))
+    presence = Presence(sqlite_database, workers.this_process("relay"), interval_seconds=60)
+    presence.start()
+    assert (killed.exists(), of_another_container.exists()) == (False, True)
+    presence.stop()

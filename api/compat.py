@@ -40,6 +40,7 @@ from shared.errors import BodyTooLarge, Gone, InvalidRequest, JobNotCancelable, 
 from shared.models import Job
 from shared.queries import JobFilter
 from shared.storage import content_disposition
+from shared.views import iso, job_view
 
 ROOT = "/compat/replicate"
 OUTPUT_LINK_SECONDS = 3600
@@ -208,7 +209,7 @@ def _wait_seconds(context: Context) -> int:
 
 def _prediction(context: Context, job: Job, left_out: list[str] | None = None) -> dict[str, Any]:
     """The job in Replicate's words. A request is under way: addresses are those that the client used."""
-    view = queries.job_view(job)
+    view = job_view(job)
     status = _STATUS.get(view["status"], view["status"])
     here = url_for("compat.get_prediction", job_id=job.id, _external=True)
     progress = view["progress"]
@@ -295,8 +296,8 @@ def create_file(context: Context, caller: Caller) -> Response:
         "etag": sha256,
         "checksums": {"sha256": sha256},
         "metadata": {},
-        "created_at": queries.iso(now),
-        "expires_at": queries.iso(expires_at),
+        "created_at": iso(now),
+        "expires_at": iso(expires_at),
         "urls": {"get": f"{_files_url()}{upload.id}"},
     }
     response = jsonify(view)

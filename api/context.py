@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from api.limits import RateLimits
 from api.zooms import Zooms
-from shared import queries
+from shared import queueing
 from shared.db import Database, clock
 from shared.models import Job, JobState
 from shared.outbox import Broker, Hurrier
@@ -66,7 +66,7 @@ class Context:
         if job.state != JobState.QUEUED or not job.needs:
             return None
         lost_after_seconds = self.settings.worker_lost_after_seconds
-        return queries.waits_for(session, job, worker_lost_after_seconds=lost_after_seconds, now=clock(session))
+        return queueing.waits_for(session, job, worker_lost_after_seconds=lost_after_seconds, now=clock(session))
 
     def warm_up(self) -> None:
         """Starts and loads what the first request would have to wait for; connects to nothing."""

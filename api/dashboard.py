@@ -26,7 +26,7 @@ from api.context import Context
 from api.health import Servers
 from api.operations import VERBS
 from api.web import as_pages
-from shared import audit, catalog, figures, keys, own_models, queries, shards, thumbnails
+from shared import audit, catalog, figures, keys, own_models, queries, queueing, shards, thumbnails
 from shared.db import clock
 from shared.errors import DatabaseUnavailable, InvalidRequest, NotFound
 from shared.figures import WINDOWS, Spans
@@ -88,13 +88,13 @@ def blueprint(context: Context, servers: Servers) -> Blueprint:
         window = window if window in WINDOWS else USUAL_WINDOW
         return {
             "counts": queries.counts_by_state(session),
-            "queues": queries.queue_depths(session, worker_lost_after_seconds=lost_after_seconds, now=now),
-            "forsaken_models": queries.forsaken_models(session, worker_lost_after_seconds=lost_after_seconds, now=now),
+            "queues": queueing.queue_depths(session, worker_lost_after_seconds=lost_after_seconds, now=now),
+            "forsaken_models": queueing.forsaken_models(session, worker_lost_after_seconds=lost_after_seconds, now=now),
             "lapsed": queries.lapsed_leases(session, now=now),
             "deliveries_pending": queries.deliveries_pending(session),
             "storage": remembered.get("storage", lambda: queries.storage_used(session)),
             "removals_due": queries.blob_removals_due(session, now=now),
-            "workers_alive": len(queries.live_workers(session, worker_lost_after_seconds=lost_after_seconds, now=now)),
+            "workers_alive": len(queueing.live_workers(session, worker_lost_after_seconds=lost_after_seconds, now=now)),
             **remembered.get(f"figures-{window}", lambda: _figures(session, window, now)),
         }
 
@@ -131,7 +131,7 @@ def blueprint(context: Context, servers: Servers) -> Blueprint:
         owed = queries.page_of_deliveries(session, owner_key_id=None, job_id=job_id, limit=100, cursor=None)
         return {
             "job": found,
-            "queue_position": queries.queue_position(session, found),
+            "queue_position": queueing.queue_position(session, found),
             "waits_for": context.waits_for(session, found),
             "attempts": [AttemptLine.of(found, attempt, now) for attempt in tried],
             "shards": charts.shard_map(
@@ -154,7 +154,7 @@ def blueprint(context: Context, servers: Servers) -> Blueprint:
             "stopped": [line for line in lines if line.status == "stopped"],
             "clashes": own_models.clashes(session, worker_lost_after_seconds=lost_after_seconds, now=now),
             "own": own_models.by_worker(session),
-            "queues": queries.queue_depths(session, worker_lost_after_seconds=lost_after_seconds, now=now),
+            "queues": queueing.queue_depths(session, worker_lost_after_seconds=lost_after_seconds, now=now),
         }
 
     def webhooks(session: Session, _now: datetime) -> Facts:

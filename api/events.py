@@ -21,6 +21,7 @@ from api.context import Context
 from shared import queries
 from shared.errors import DatabaseUnavailable, NotFound, TooManyStreams
 from shared.queries import Pulse
+from shared.views import job_view
 
 # What a browser waits before it opens a broken stream again.
 RECONNECT_MILLISECONDS = 2000
@@ -90,7 +91,7 @@ def stream(
                 if kinds:
                     job = queries.owned_job(session, job_id, owner_key_id)
                     waits_for = context.waits_for(session, job)
-                    view = queries.job_view(job, queue_position=pulse.queue_position, waits_for=waits_for)
+                    view = job_view(job, queue_position=pulse.queue_position, waits_for=waits_for)
                     said = "".join(_event(kind, pulse.version, view) for kind in kinds)
             if said:
                 yield said

@@ -15,7 +15,8 @@ from datetime import UTC, datetime, timedelta
 
 from shared.errors import InvalidRequest
 from shared.models import JobState
-from shared.queries import IMAGE_QUEUES, JobFilter
+from shared.queries import JobFilter
+from shared.queueing import IMAGE_QUEUES
 
 COLUMNS = {
     "status": "state",

@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector
 import migrations
 from api import auth
 from api.context import Context
-from shared import queries
+from shared import queries, queueing
 from shared.db import clock
 from shared.errors import Unavailable
 from shared.telemetry import COUNTED, METRICS
@@ -88,13 +88,13 @@ def _metrics(context: Context) -> Response:
     with context.database.reading() as session:
         now = clock(session)
         states = queries.counts_by_state(session)
-        depths = queries.queue_depths(
+        depths = queueing.queue_depths(
             session, worker_lost_after_seconds=context.settings.worker_lost_after_seconds, now=now
         )
-        workers = queries.live_workers(
+        workers = queueing.live_workers(
             session, worker_lost_after_seconds=context.settings.worker_lost_after_seconds, now=now
         )
-        forsaken = queries.forsaken_models(
+        forsaken = queueing.forsaken_models(
             session, worker_lost_after_seconds=context.settings.worker_lost_after_seconds, now=now
         )
         lapsed = queries.lapsed_leases(session, now=now)

@@ -22,13 +22,14 @@ from api import auth, filters
 from api.auth import Caller
 from api.context import Context
 from api.web import as_pages, own_path
-from shared import audit, deliveries, jobs, keys, queries, workers
+from shared import audit, deliveries, jobs, keys, queries, queueing, workers
 from shared.db import clock
 from shared.errors import EnlargerError, Forbidden, Gone, InvalidRequest, NotFound, RequestRefused
 from shared.jobs import JobInput, JobOptions
 from shared.models import ApiKey, Job, JobState
 from shared.outbox import message_of
-from shared.queries import IMAGE_QUEUES, JobFilter
+from shared.queries import JobFilter
+from shared.queueing import IMAGE_QUEUES
 
 JOBS_AT_ONCE = 100
 """In one transaction: SQLite has one writer, and workers wait for it."""
@@ -390,7 +391,7 @@ def _run_again(context: Context, caller: Caller, job: Job, now: datetime, noted:
     try:
         with context.database.transaction() as session:
             now = clock(session)
-            gpu_alive = queries.gpu_is_alive(
+            gpu_alive = queueing.gpu_is_alive(
                 session,
                 worker_lost_after_seconds=settings.worker_lost_after_seconds,
                 needs=job.needs,
@@ -400,7 +401,7 @@ def _run_again(context: Context, caller: Caller, job: Job, now: datetime, noted:
                 model=job.model,
                 scale=job.scale,
                 format=job.format,
-                queue=queries.image_queue(job.device, job.priority, gpu_alive=gpu_alive),
+                queue=queueing.image_queue(job.device, job.priority, gpu_alive=gpu_alive),
                 needs=job.needs,
                 routing_reason="run again by an operator",
                 classify=job.classify,

@@ -30,6 +30,7 @@ from shared.errors import BlobMissing, BodyTooLarge, Gone, InvalidRequest, NotFo
 from shared.jobs import JobInput
 from shared.models import Upload
 from shared.telemetry import log
+from shared.views import iso
 
 # A picture up to this size is kept in memory on its way to storage.
 SPOOL_BYTES = 4 * 1024 * 1024
@@ -258,7 +259,7 @@ def _copy(context: Context, owner_key_id: str, job_id: str, file: IO[bytes]) -> 
     with context.database.reading() as session:
         job = queries.owned_job(session, job_id, owner_key_id)
     if job.swept_at is not None:
-        raise Gone("That job's picture has been swept; hand the picture in again.", swept_at=queries.iso(job.swept_at))
+        raise Gone("That job's picture has been swept; hand the picture in again.", swept_at=iso(job.swept_at))
     for chunk in context.storage.stream(job.input_key)[1]:
         file.write(chunk)
     return job.input_name

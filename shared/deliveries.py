@@ -26,7 +26,7 @@ from sqlalchemy.orm import Session
 from shared.db import new_id
 from shared.errors import NotFound, StaleAttempt
 from shared.models import Batch, Delivery, DeliveryState, Endpoint, Job
-from shared.queries import batch_view, job_view
+from shared.views import batch_view, job_view
 
 TERMINAL_EVENTS = ("job.succeeded", "job.failed", "job.canceled", "job.expired")
 EVENT_TYPES = ("job.started", "job.progress", *TERMINAL_EVENTS, "batch.completed")

@@ -41,7 +41,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.dml import ReturningUpdate
 
-from shared import deliveries, queries
+from shared import deliveries, queueing
 from shared.db import UtcDateTime, new_id
 from shared.errors import (
     DeadlineExceeded,
@@ -264,7 +264,7 @@ def _claiming() -> ReturningUpdate[int]:
         update(Job)
         .where(
             Job.id == bindparam("claimed_id"),
-            *queries.due(_NOW),
+            *queueing.due(_NOW),
             ~exists().where(Worker.id == worker_id, Worker.drained_at.is_not(None)),
         )
         .values(
@@ -297,7 +297,7 @@ def next_due(
     """The id of the job whose turn it is, of the first of `queues` that has one; it is locked, for `claim` to take.
 
     `runs`: the models that the worker can run; None: whatever is asked for. Within a queue the least start tag comes
-    first (`queries.start_tag_px`): keys have equal shares, whoever hands in most. One SELECT for each queue looked at,
+    first (`queueing.start_tag_px`): keys have equal shares, whoever hands in most. One SELECT for each queue looked at,
     however long it is, and a few more, as many however many jobs there are, where what is next is not for this worker.
     Jobs that another transaction holds are passed over, so nobody waits for anybody; where all that are due are held,
     it is the first of those, and `claim` waits for it: its message may be being marked as sent at this very moment, and
@@ -313,7 +313,7 @@ def next_due(
     held = session.execute(_first_due(tuple(queues)), {"now": now}).one_or_none()
     if held is None or _suits(held, runs):
         return None if held is None else held.id
-    heads = (head for queue in queues for head in queries.heads(session, queue, _needs_met(runs or ()), now=now))
+    heads = (head for queue in queues for head in queueing.heads(session, queue, _needs_met(runs or ()), now=now))
     return next((head.id for head in heads if _suits(head, runs)), None)
 
 
@@ -328,7 +328,7 @@ def _next_that_suits(session: Session, queue: str, runs: Collection[str], now: d
     beyond = True
     while beyond:
         beyond = False
-        for head in queries.heads(session, queue, _needs_met(runs), now=now):
+        for head in queueing.heads(session, queue, _needs_met(runs), now=now):
             of_need = _first_due((queue,), needs=head.needs, locks=True)
             first = session.execute(of_need, {"now": now}).one_or_none()
             if first is not None and _suits(first, runs):
@@ -656,7 +656,7 @@ def reroute(
 
     Those that have been tried stay off GPUs: memory may have run out there. A paused queue keeps its jobs.
     """
-    conditions = [*queries.due(now), Job.queue == source, Job.needs == needs, Job.device == "auto"]
+    conditions = [*queueing.due(now), Job.queue == source, Job.needs == needs, Job.device == "auto"]
     if target.startswith("gpu."):
         conditions.append(Job.attempt == 0)
     found = session.execute(
@@ -837,14 +837,14 @@ def _start_tag_px(session: Session, owner_key_id: str, queue: str, needs: str) -
     # On SQLite this transaction is the only one that writes.)
     if session.get_bind().dialect.name != "sqlite":
         session.execute(select(ApiKey.id).where(ApiKey.id == owner_key_id).with_for_update(key_share=True))
-    return queries.start_tag_px(session, owner_key_id, queue, needs)
+    return queueing.start_tag_px(session, owner_key_id, queue, needs)
 
 
 @functools.cache
 def _first_due(queues: tuple[str, ...], *, needs: str | None = None, locks: bool = False) -> Select[str, str, str]:
     """(id, model, needs) of the job whose turn it is `now`, of all or of those that need this. `locks`: of those that
     nobody else holds, and held from now on."""
-    of_queues = [Job.queue.in_(queues), *queries.due(_NOW), *([] if needs is None else [Job.needs == needs])]
+    of_queues = [Job.queue.in_(queues), *queueing.due(_NOW), *([] if needs is None else [Job.needs == needs])]
     first = select(Job.id, Job.model, Job.needs).where(*of_queues).order_by(Job.start_tag_px, Job.id).limit(1)
     return first.with_for_update(skip_locked=True) if locks else first
 

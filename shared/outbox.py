@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, TypeVar
 from sqlalchemy import case, update
 from sqlalchemy.orm import Session
 
-from shared import deliveries, queries, renditions, shards
+from shared import deliveries, queries, queueing, renditions, shards
 from shared.db import Database, clock
 from shared.errors import BrokerUnavailable, DatabaseUnavailable
 from shared.models import Job
-from shared.queries import IMAGE_QUEUES
+from shared.queueing import IMAGE_QUEUES
 from shared.settings import Settings
 from shared.telemetry import log
 
@@ -360,7 +360,7 @@ def _send_jobs(
                 name: max(
                     settings.resend_after_seconds,
                     2
-                    * queries.expected_wait_seconds(
+                    * queueing.expected_wait_seconds(
                         session, name, worker_lost_after_seconds=settings.worker_lost_after_seconds, now=now
                     ),
                 )

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from shared.errors import EnlargerError, NotFound, StaleAttempt, WorkerLost
 from shared.models import Job, Rendition
-from shared.queries import iso
+from shared.views import iso
 
 ZOOM = "zoom"
 """A pyramid of tiles, for looking at a result that no browser should load whole."""

@@ -31,7 +31,7 @@ from kombu.asynchronous import Hub
 
 from shared.errors import ModelUnavailable
 from shared.outbox import CHORES_QUEUE, celery_app
-from shared.queries import IMAGE_QUEUES
+from shared.queueing import IMAGE_QUEUES
 from shared.settings import Settings, load
 from shared.telemetry import configure_logs, log
 

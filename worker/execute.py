@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 import structlog
 
-from shared import catalog, own_models, queries, workers
+from shared import catalog, own_models, queueing, workers
 from shared.catalog import ModelCard
 from shared.db import Database, clock
 from shared.errors import DeviceBroken, Unavailable
@@ -146,7 +146,7 @@ class Executor:
 
         def next_job() -> Job | None:
             with database.reading() as session:
-                return queries.likely_next(
+                return queueing.likely_next(
                     session,
                     queues,
                     worker_id=facts.id,

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from shared import deliveries, figures, jobs, queries, shards, workers
+from shared import deliveries, figures, jobs, queries, queueing, shards, workers
 from shared.db import Database, clock
 from shared.errors import Unavailable
 from shared.outbox import SWEEP_BLOBS, Broker, relay_due
@@ -149,7 +149,7 @@ def rescue(database: Database, settings: Settings, watch: ClockWatch) -> None:
 def route(database: Database, settings: Settings) -> None:
     """Moves `auto` jobs from where nobody serves them any more to where somebody does. SQL only. Raises Unavailable."""
     with database.reading() as session:
-        stranded = queries.stranded_queues(
+        stranded = queueing.stranded_queues(
             session, worker_lost_after_seconds=settings.worker_lost_after_seconds, now=clock(session)
         )
     for source, target, needs in stranded:

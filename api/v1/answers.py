@@ -11,9 +11,10 @@ from sqlalchemy.orm import Session
 from api import asked, events
 from api.auth import Caller
 from api.context import Context
-from shared import queries
+from shared import queries, queueing
 from shared.models import Job
 from shared.queries import Pulse
+from shared.views import job_view
 
 FORSAKEN = "-forsaken"
 """Ends the tag of a job that nobody will come for."""
@@ -77,9 +78,9 @@ def view_and_tag(context: Context, caller: Caller, job_id: str) -> tuple[dict[st
 
 
 def full_view(context: Context, session: Session, job: Job) -> dict[str, Any]:
-    """A job as its own address tells it. What is beyond `queries.job_view` takes questions of its own."""
-    position = queries.queue_position(session, job)
-    return queries.job_view(job, queue_position=position, waits_for=context.waits_for(session, job))
+    """A job as its own address tells it. What is beyond `job_view` takes questions of its own."""
+    position = queueing.queue_position(session, job)
+    return job_view(job, queue_position=position, waits_for=context.waits_for(session, job))
 
 
 def etag(version: int, queue_position: int | None) -> str:

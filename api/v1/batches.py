@@ -20,11 +20,12 @@ from api.openapi import operation
 from api.schemas import BatchRequest, BatchView
 from api.uploads import Aim, Source, Stored
 from api.v1 import answers, estimates, models, submit
-from shared import outbox, queries
+from shared import outbox
 from shared.db import clock, new_id
 from shared.errors import EnlargerError, FetchFailed, NotFound
 from shared.models import Batch
 from shared.telemetry import log
+from shared.views import batch_view
 
 # Pictures of a batch that are read at once, and how long reading all of them may take before the batch is refused.
 BATCH_READERS = 8
@@ -76,7 +77,7 @@ def create_batch(context: Context, caller: Caller) -> Response:
                 wanted = settings.model_copy(update={"external_id": name or settings.external_id})
                 options = submit.job_options(context, wanted, card, one, queue=queue, batch_id=batch.id)
                 made.append(submit.make_job(context, session, caller, options, one, now=now))
-            view: dict[str, Any] = queries.batch_view(session, batch)
+            view: dict[str, Any] = batch_view(session, batch)
             location = f"/v1/batches/{batch.id}"
             reservation.finish(session, status=202, body=view, location=location)
     for job in made:
@@ -92,7 +93,7 @@ def get_batch(context: Context, caller: Caller, batch_id: str) -> Response:
         batch = session.scalar(select(Batch).where(Batch.id == batch_id, Batch.owner_key_id == caller.key_id))
         if batch is None:
             raise NotFound("There is no such batch.")
-        return jsonify(queries.batch_view(session, batch))
+        return jsonify(batch_view(session, batch))
 
 
 def _store_all(context: Context, caller: Caller, sources: Sequence[Source], aim: Aim) -> list[Stored]:

@@ -13,7 +13,7 @@ from api.context import Context
 from api.openapi import operation
 from api.schemas import EstimateRequest, EstimateView
 from api.v1 import models
-from shared import pictures, queries
+from shared import pictures, queries, queueing
 from shared.catalog import ModelCard
 from shared.db import clock
 from shared.errors import ModelUnavailable, UploadRejected
@@ -74,16 +74,16 @@ def create_estimate(context: Context, caller: Caller) -> Response:
         history = queries.run_history(
             session, card.name, device=queue.partition(".")[0], expected_seconds=expected_seconds
         )
-        wait_seconds = queries.expected_wait_seconds(
+        wait_seconds = queueing.expected_wait_seconds(
             session,
             queue,
             worker_lost_after_seconds=settings.worker_lost_after_seconds,
             now=now,
-            before_tag_px=queries.start_tag_px(session, caller.key_id, queue, needs),
+            before_tag_px=queueing.start_tag_px(session, caller.key_id, queue, needs),
             needs=needs,
         )
-        alive = queries.serving_workers(session, worker_lost_after_seconds=settings.worker_lost_after_seconds, now=now)
-        serving = sum(queue in worker.queues and queries.can_run(worker.models, needs) for worker in alive)
+        alive = queueing.serving_workers(session, worker_lost_after_seconds=settings.worker_lost_after_seconds, now=now)
+        serving = sum(queue in worker.queues and queueing.can_run(worker.models, needs) for worker in alive)
     megapixels = width * height / 1e6
     if history.p50_seconds is not None and history.p95_seconds is not None:
         basis, p50, p95 = "history", history.p50_seconds, history.p95_seconds
@@ -110,10 +110,10 @@ def create_estimate(context: Context, caller: Caller) -> Response:
 
 
 def queue_for(context: Context, session: Session, device: str, priority: str, *, needs: str, now: datetime) -> str:
-    gpu_alive = device == "auto" and queries.gpu_is_alive(
+    gpu_alive = device == "auto" and queueing.gpu_is_alive(
         session, worker_lost_after_seconds=context.settings.worker_lost_after_seconds, needs=needs, now=now
     )
-    return queries.image_queue(device, priority, gpu_alive=gpu_alive)
+    return queueing.image_queue(device, priority, gpu_alive=gpu_alive)
 
 
 def upscaling_seconds(card: ModelCard, scale: int, pixels: int) -> float:

@@ -18,6 +18,7 @@ from shared.db import clock
 from shared.errors import Gone, JobNotCancelable, JobNotRetryable, StorageUnavailable, TooManyStreams
 from shared.queries import JobFilter, Pulse
 from shared.telemetry import log
+from shared.views import job_view
 
 
 @operation(
@@ -59,7 +60,7 @@ def list_jobs(context: Context, caller: Caller) -> Response:
     )
     with context.database.reading() as session:
         page = queries.page_of_jobs(session, narrowed, limit=wanted.limit, cursor=wanted.cursor)
-        return answers.page([queries.job_view(job) for job in page.rows], page.next_cursor)
+        return answers.page([job_view(job) for job in page.rows], page.next_cursor)
 
 
 @operation(
@@ -76,7 +77,7 @@ def cancel_job(context: Context, caller: Caller, job_id: str) -> Response:
     with context.database.transaction() as session:
         queries.owned_job(session, job_id, caller.key_id)
         job = jobs.cancel(session, job_id, now=clock(session))
-        view = queries.job_view(job)
+        view = job_view(job)
     log.info("job.cancel_asked", job_id=job_id, key_id=caller.key_id, status=view["status"])
     return answers.json(view, 202, location=f"/v1/jobs/{job_id}")
 

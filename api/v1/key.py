@@ -8,7 +8,8 @@ from api.auth import Caller
 from api.context import Context
 from api.openapi import operation
 from api.schemas import KeyView
-from shared import deliveries, queries
+from shared import deliveries
+from shared.views import iso
 
 
 @operation("GET", "/v1/key", "Look at the key that calls", tag="keys", answer=KeyView, scope=None)
@@ -19,7 +20,7 @@ def get_key(context: Context, caller: Caller) -> Response:
             "id": caller.key_id,
             "name": caller.name,
             "scopes": sorted(caller.scopes),
-            "expires_at": queries.iso(caller.expires_at),
+            "expires_at": iso(caller.expires_at),
             "webhook_secret": deliveries.signing_secret(context.settings.secret_key, caller.key_id),
         }
     )

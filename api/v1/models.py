@@ -12,7 +12,7 @@ from api.context import Context
 from api.openapi import operation
 from api.schemas import ModelPage, ModelView
 from api.v1 import answers
-from shared import catalog, own_models, queries
+from shared import catalog, own_models, queueing
 from shared.catalog import ModelCard, OwnFile
 from shared.db import clock
 from shared.errors import ModelUnavailable, NotFound
@@ -61,7 +61,7 @@ def needs(card: ModelCard) -> str:
 
 def _image_workers(context: Context) -> Sequence[Worker]:
     with context.database.reading() as session:
-        alive = queries.live_workers(
+        alive = queueing.live_workers(
             session, worker_lost_after_seconds=context.settings.worker_lost_after_seconds, now=clock(session)
         )
     return [worker for worker in alive if worker.kind == "images"]
@@ -83,5 +83,5 @@ def _model_view(card: ModelCard, workers: Sequence[Worker]) -> dict[str, Any]:
         "sha256": None if card.weights is None else card.weights.sha256,
         "is_default": card.name == catalog.DEFAULT_MODEL,
         "loaded_on": sorted({worker.device or "cpu" for worker in workers if card.name in worker.models_loaded}),
-        "workers": sum(queries.can_run(worker.models, card.name) for worker in workers),
+        "workers": sum(queueing.can_run(worker.models, card.name) for worker in workers),
     }

@@ -29,6 +29,7 @@ from shared.errors import (
 from shared.models import Job, JobState, Rendition
 from shared.storage import content_disposition
 from shared.telemetry import log
+from shared.views import has_report, iso
 
 
 @operation(
@@ -63,7 +64,7 @@ def get_report(context: Context, caller: Caller, job_id: str) -> Response:
         job = queries.owned_job(session, job_id, caller.key_id)
     if not queries.is_finished(job):
         raise JobNotFinished(f"The job is {job.state}.", status_now=str(job.state))
-    if job.report is None or not queries.has_report(job):
+    if job.report is None or not has_report(job):
         raise JobHasNoResult(
             f"The job is {job.state}, and has no report: only pictures that were delivered have one, and previews and "
             "jobs from before there were reports do not.",
@@ -257,7 +258,7 @@ def _with_result(session: Session, job_id: str, caller: Caller) -> tuple[Job, st
 
 def _check_kept(job: Job) -> None:
     if job.swept_at is not None:
-        raise Gone("The job's pictures have been swept.", swept_at=queries.iso(job.swept_at))
+        raise Gone("The job's pictures have been swept.", swept_at=iso(job.swept_at))
 
 
 def _result_name(job: Job, format: pictures.Format) -> str:

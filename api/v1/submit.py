@@ -18,7 +18,7 @@ from api.openapi import operation
 from api.schemas import JobRequest, JobSettings, JobView, PreviewRequest, UploadRequest, UploadView
 from api.uploads import Aim, Source, Stored
 from api.v1 import answers, estimates, models
-from shared import catalog, deliveries, jobs, outbox, queries
+from shared import catalog, deliveries, jobs, outbox
 from shared.catalog import ModelCard
 from shared.db import clock
 from shared.errors import (
@@ -44,6 +44,7 @@ from shared.errors import (
 from shared.jobs import JobOptions
 from shared.models import Job
 from shared.telemetry import log
+from shared.views import iso
 
 # Side of the crop in the middle that a preview shows where none is named: half a minute of a CPU for all models.
 PREVIEW_DEFAULT_PX = 96
@@ -193,7 +194,7 @@ def create_upload(context: Context, caller: Caller) -> Response:
         "upload_id": upload.id,
         "url": url,
         "headers": {},
-        "expires_at": queries.iso(expires_at),
+        "expires_at": iso(expires_at),
         "max_bytes": settings.max_upload_bytes,
     }
     return answers.json(view, 201)

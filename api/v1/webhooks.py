@@ -18,6 +18,7 @@ from shared import deliveries, queries
 from shared.db import clock, new_id
 from shared.errors import BlockedUrl, FetchFailed, NotFound
 from shared.models import Delivery, Endpoint
+from shared.views import delivery_view, iso
 
 MAX_ENDPOINTS_PER_KEY = 50
 
@@ -99,7 +100,7 @@ def send_test_event(context: Context, caller: Caller, endpoint_id: str) -> Respo
     with context.database.transaction() as session:
         endpoint = _owned_endpoint(session, endpoint_id, caller)
         delivery_id = deliveries.owe_test(session, endpoint, clock(session))
-        return answers.json(queries.delivery_view(session.get_one(Delivery, delivery_id)), 202)
+        return answers.json(delivery_view(session.get_one(Delivery, delivery_id)), 202)
 
 
 @operation(
@@ -117,7 +118,7 @@ def list_deliveries(context: Context, caller: Caller) -> Response:
         page = queries.page_of_deliveries(
             session, owner_key_id=caller.key_id, job_id=wanted.job_id, limit=wanted.limit, cursor=wanted.cursor
         )
-        return answers.page([queries.delivery_view(delivery) for delivery in page.rows], page.next_cursor)
+        return answers.page([delivery_view(delivery) for delivery in page.rows], page.next_cursor)
 
 
 @operation(
@@ -136,7 +137,7 @@ def resend_delivery(context: Context, caller: Caller, delivery_id: str) -> Respo
         )
         if owned is None:
             raise NotFound("There is no such delivery.")
-        return answers.json(queries.delivery_view(deliveries.resend(session, delivery_id, now=clock(session))), 202)
+        return answers.json(delivery_view(deliveries.resend(session, delivery_id, now=clock(session))), 202)
 
 
 def _owned_endpoint(session: Session, endpoint_id: str, caller: Caller) -> Endpoint:
@@ -151,8 +152,8 @@ def _endpoint_view(context: Context, endpoint: Endpoint) -> dict[str, Any]:
         "id": endpoint.id,
         "url": endpoint.url,
         "events": list(endpoint.events),
-        "created_at": queries.iso(endpoint.created_at),
-        "disabled_at": queries.iso(endpoint.disabled_at),
+        "created_at": iso(endpoint.created_at),
+        "disabled_at": iso(endpoint.disabled_at),
         "disabled_reason": endpoint.disabled_reason,
         "secret": deliveries.signing_secret(context.settings.secret_key, endpoint.id),
     }

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from api.app import create_app
-from shared import figures, keys, queries
+from shared import figures, keys, queries, queueing
 from shared.db import Database, clock
 from shared.queries import JobFilter
 from shared.settings import Settings
@@ -53,7 +53,7 @@ def test_what_the_pages_ask_stays_quick_with_a_hundred_thousand_jobs(
             done = timed(f"figures of {window}", lambda span=span: figures.figures(session, span, now=now))
             assert done.total.jobs > 0
         assert done.total.jobs > 0.9 * JOBS
-        timed("depths", lambda: queries.queue_depths(session, worker_lost_after_seconds=30, now=now))
+        timed("depths", lambda: queueing.queue_depths(session, worker_lost_after_seconds=30, now=now))
         timed("counts by state", lambda: queries.counts_by_state(session))
         timed("storage used", lambda: queries.storage_used(session))
         failed = JobFilter(any_of=(("state", ("failed",)), ("model", ("srgan",))))

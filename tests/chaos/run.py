@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.models import JobState
-from shared.queries import IMAGE_QUEUES
+from shared.queueing import IMAGE_QUEUES
 from shared.settings import Settings
 from tests.chaos.checker import Violation, check, recoveries
 from tests.chaos.faults import inflict, kill_holder, kill_process, possible

@@ -33,7 +33,7 @@ from sqlalchemy import select, true
 from sqlalchemy.engine import make_url
 
 import migrations
-from shared import calibration, catalog, jobs, own_models, queries, stack
+from shared import calibration, catalog, jobs, own_models, queueing, stack
 from shared.db import Database, clock
 from shared.jobs import JobInput
 from shared.models import Attempt, Job, JobState, Worker
@@ -287,7 +287,7 @@ class Fleet:
     def waits_for(self, job_id: str) -> str | None:
         with self.database.reading() as session:
             job = session.get_one(Job, job_id)
-            return queries.waits_for(session, job, worker_lost_after_seconds=LOST_AFTER_SECONDS, now=clock(session))
+            return queueing.waits_for(session, job, worker_lost_after_seconds=LOST_AFTER_SECONDS, now=clock(session))
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shared import jobs, queries, workers
+from shared import jobs, queueing, workers
 from shared.db import Database, clock
 from shared.models import Attempt
 from shared.stack import Stack
@@ -18,7 +18,7 @@ def test_drained_workers_take_nothing_and_when_one_is_resumed_the_job_is_done(
     def image_workers() -> list[str]:
         with stack_database.reading() as session:
             # Those of tests before this one that were killed never said that they stopped.
-            alive = queries.live_workers(session, worker_lost_after_seconds=lost_after, now=clock(session))
+            alive = queueing.live_workers(session, worker_lost_after_seconds=lost_after, now=clock(session))
             return [worker.id for worker in alive if worker.kind == "images"]
 
     both = wait_until(lambda: found if len(found := image_workers()) == 2 else None, seconds=60, what="two workers")

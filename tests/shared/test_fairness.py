@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import insert, select
 from sqlalchemy.orm import Session
 
-from shared import jobs, queries, workers
+from shared import jobs, queries, queueing, workers
 from shared.db import Database
 from shared.jobs import Claim
 from shared.models import Job, JobState
@@ -70,7 +70,7 @@ def test_a_thousand_jobs_of_one_key_are_behind_the_single_one_of_another(databas
     with database.transaction() as session:
         running = [take(session, now, worker_id=f"w{number}") for number in range(3)]
         single = a_job(session, one, now)
-        assert queries.queue_position(session, single) == 1
+        assert queueing.queue_position(session, single) == 1
         assert queries.pulse(session, single.id, one).queue_position == 1
     # when the first of them is done, then it takes the single one.
     with database.transaction() as session:
@@ -276,7 +276,7 @@ def test_no_job_waits_for_a_message_to_be_sent_again(sqlite_database: Database, 
     """Messages come in any order, to any worker, drained ones too; jobs fail, are taken back and retried. The relay
     sends what was never sent or was given back, and never because of age."""
     chance = random.Random(seed)
-    never_again = dict.fromkeys(queries.IMAGE_QUEUES, 1e9)
+    never_again = dict.fromkeys(queueing.IMAGE_QUEUES, 1e9)
     messages: list[str] = []
     submitted: list[str] = []
     running: list[Claim] = []
@@ -356,7 +356,7 @@ def enlist(session: Session, worker_id: str, device: str, now: datetime, *, queu
 
 def stranded(session: Session, now: datetime) -> list[tuple[str, str]]:
     """Of jobs that need nothing; `tests/shared/test_needs.py` has the others."""
-    found = queries.stranded_queues(session, worker_lost_after_seconds=30, now=now)
+    found = queueing.stranded_queues(session, worker_lost_after_seconds=30, now=now)
     return [(source, target) for source, target, needs in found if not needs]
 
 
@@ -383,7 +383,7 @@ def test_queues_are_stranded_when_a_gpu_is_gone_for_good_and_when_one_is_there(
         workers.seen(session, "slow", models_loaded=[], now=later)
         assert stranded(session, later) == TO_CPU
         # One that serves both, on a machine with a GPU, is all there is: everything waits where its GPU is.
-        enlist(session, "both", "gpu", later, queues=queries.IMAGE_QUEUES)
+        enlist(session, "both", "gpu", later, queues=queueing.IMAGE_QUEUES)
         workers.stopped(session, "slow", now=later)
         assert stranded(session, later) == TO_GPU
 

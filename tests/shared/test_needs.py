@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
-from shared import jobs, queries, workers
+from shared import jobs, queries, queueing, workers
 from shared.db import Database
 from shared.models import Job, JobState
 from shared.workers import WorkerFacts
@@ -126,7 +126,7 @@ def test_a_claim_does_not_read_the_queue(postgresql_database: Database, now: dat
         met = ("", *sorted(PLAIN))
         asked = {"queue": "cpu.interactive", "now": now}
         plans = []
-        for statement in (jobs._first_due(("cpu.interactive",)), queries._heads(met)):
+        for statement in (jobs._first_due(("cpu.interactive",)), queueing._heads(met)):
             told = statement.compile(session.get_bind()).construct_expanded_state(asked)
             explained = session.connection().exec_driver_sql(f"EXPLAIN ANALYZE {told.statement}", told.parameters)
             plans.append("\n".join(explained.scalars()))
@@ -174,10 +174,10 @@ def test_jobs_that_nobody_can_run_give_newcomers_no_head_start(database: Databas
         assert plain[2].start_tag_px > plain[1].start_tag_px > stuck.start_tag_px
         came = a_job(session, newcomer, now)
         assert came.start_tag_px == plain[1].start_tag_px, "at the present, which is what runs"
-        assert queries.queue_position(session, came) == 1
+        assert queueing.queue_position(session, came) == 1
         assert queries.pulse(session, came.id, newcomer).queue_position == 1
         behind = mine(session, other, now)
-        assert queries.queue_position(session, behind) == 4
+        assert queueing.queue_position(session, behind) == 4
         assert queries.pulse(session, behind.id, other).queue_position == 4
 
 
@@ -195,7 +195,7 @@ def come(
 def oldest_seconds(session: Session, now: datetime) -> float | None:
     [depth] = [
         each
-        for each in queries.queue_depths(session, worker_lost_after_seconds=30.0, now=now)
+        for each in queueing.queue_depths(session, worker_lost_after_seconds=30.0, now=now)
         if each.queue == "cpu.interactive"
     ]
     assert depth.queued == 1
@@ -206,36 +206,36 @@ def test_a_job_whose_model_nobody_has_says_so_and_so_does_the_operators_page(dat
     lost_after = {"worker_lost_after_seconds": 30.0}
     with database.transaction() as session:
         key = a_key(session, now).id
-        assert queries.forsaken_models(session, **lost_after, now=now) == []
+        assert queueing.forsaken_models(session, **lost_after, now=now) == []
         job = mine(session, key, now)
         # Where nobody is there at all, whoever is started may have it: more workers are asked for.
-        assert queries.forsaken_models(session, **lost_after, now=now) == []
+        assert queueing.forsaken_models(session, **lost_after, now=now) == []
         assert oldest_seconds(session, now + timedelta(seconds=5)) == 5.0
         come(session, "plain", "cpu", now, PLAIN)
         # Of those that are there none has it, and more of them would not help.
         assert oldest_seconds(session, now + timedelta(seconds=5)) is None
         come(session, "elsewhere", "gpu", now, WITH_MINE)
-        assert queries.waits_for(session, job, **lost_after, now=now) is not None
-        [forsaken] = queries.forsaken_models(session, **lost_after, now=now + timedelta(seconds=5))
+        assert queueing.waits_for(session, job, **lost_after, now=now) is not None
+        [forsaken] = queueing.forsaken_models(session, **lost_after, now=now + timedelta(seconds=5))
         assert (forsaken.queue, forsaken.needs, forsaken.queued) == ("cpu.interactive", "mine", 1)
         assert forsaken.oldest_seconds == 5.0
         come(session, "with-mine", "cpu", now, WITH_MINE)
-        assert queries.waits_for(session, job, **lost_after, now=now) is None
-        assert queries.forsaken_models(session, **lost_after, now=now) == []
+        assert queueing.waits_for(session, job, **lost_after, now=now) is None
+        assert queueing.forsaken_models(session, **lost_after, now=now) == []
         assert oldest_seconds(session, now + timedelta(seconds=5)) == 5.0
         # Work ahead is shared by those who can do it.
         wait = {"worker_lost_after_seconds": 30.0, "now": now, "before_tag_px": 10**9}
         job.expected_seconds = 10.0
         a_job(session, key, now, expected_seconds=4.0)
         session.flush()
-        assert queries.expected_wait_seconds(session, job.queue, **wait, needs="mine") == 14.0
-        assert queries.expected_wait_seconds(session, job.queue, **wait, needs="") == 2.0
-        assert queries.expected_wait_seconds(session, job.queue, **wait) == 7.0
+        assert queueing.expected_wait_seconds(session, job.queue, **wait, needs="mine") == 14.0
+        assert queueing.expected_wait_seconds(session, job.queue, **wait, needs="") == 2.0
+        assert queueing.expected_wait_seconds(session, job.queue, **wait) == 7.0
         workers.drain(session, "with-mine", now=now)
-        assert queries.waits_for(session, job, **lost_after, now=now) is not None
+        assert queueing.waits_for(session, job, **lost_after, now=now) is not None
         # One of the code before takes whatever it is sent.
         come(session, "old", "cpu", now, None)
-        assert queries.waits_for(session, job, **lost_after, now=now) is None
+        assert queueing.waits_for(session, job, **lost_after, now=now) is None
 
 
 def test_auto_jobs_go_to_the_device_that_has_their_model(database: Database, now: datetime) -> None:
@@ -243,14 +243,14 @@ def test_auto_jobs_go_to_the_device_that_has_their_model(database: Database, now
     lost_after = {"worker_lost_after_seconds": 30.0}
 
     def stranded(session: Session, needs: str, at: datetime) -> list[tuple[str, str]]:
-        found = queries.stranded_queues(session, **lost_after, now=at)
+        found = queueing.stranded_queues(session, **lost_after, now=at)
         return [(s, t) for s, t, each in found if each == needs and s.endswith("interactive")]
 
     with database.transaction() as session:
         key = a_key(session, now).id
         come(session, "quick", "gpu", now, PLAIN)
-        assert queries.gpu_is_alive(session, **lost_after, now=now)
-        assert not queries.gpu_is_alive(session, **lost_after, needs="mine", now=now)
+        assert queueing.gpu_is_alive(session, **lost_after, now=now)
+        assert not queueing.gpu_is_alive(session, **lost_after, needs="mine", now=now)
         waits, plain = mine(session, key, now, queue=gpu).id, a_job(session, key, now, queue=gpu).id
         assert stranded(session, "mine", now) == [], "there is nowhere to go"
         come(session, "slow", "cpu", now, WITH_MINE)
@@ -259,7 +259,7 @@ def test_auto_jobs_go_to_the_device_that_has_their_model(database: Database, now
         assert jobs.reroute(session, gpu, cpu, needs="mine", now=now) == [waits]
         assert session.get_one(Job, plain).queue == gpu
         come(session, "another", "gpu", now, WITH_MINE)
-        assert queries.gpu_is_alive(session, **lost_after, needs="mine", now=now)
+        assert queueing.gpu_is_alive(session, **lost_after, needs="mine", now=now)
         assert stranded(session, "mine", now) == [(cpu, gpu)]
         # It may be about to be replaced.
         workers.stopped(session, "another", now=now)
@@ -272,10 +272,10 @@ def test_the_next_picture_is_guessed_among_those_that_can_be_run(sqlite_database
         first, second = mine(session, key, now).id, a_job(session, key, now).id
         asked = {"worker_id": "w", "worker_lost_after_seconds": 30.0, "now": now}
         for runs, expected in ((None, first), (WITH_MINE, first), (PLAIN, second)):
-            job = queries.likely_next(session, QUEUES, **asked, runs=runs)
+            job = queueing.likely_next(session, QUEUES, **asked, runs=runs)
             assert job is not None
             assert job.id == expected
-        assert queries.likely_next(session, QUEUES, **asked, runs=("bicubic",)) is None
+        assert queueing.likely_next(session, QUEUES, **asked, runs=("bicubic",)) is None
 
 
 @pytest.mark.parametrize("state", [JobState.QUEUED, JobState.FAILED])

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 import pytest
 from sqlalchemy import select
 
-from shared import audit, jobs, queries, workers
+from shared import audit, jobs, queries, queueing, workers
 from shared.db import Database
 from shared.errors import NotFound
 from shared.models import Job
@@ -36,7 +36,7 @@ def test_nothing_is_claimed_from_a_paused_queue_and_what_runs_goes_on(database: 
         assert jobs.heartbeat(session, claim, lease_seconds=LEASE_SECONDS, now=now) is False
         [depth] = [
             depth
-            for depth in queries.queue_depths(session, worker_lost_after_seconds=30, now=now)
+            for depth in queueing.queue_depths(session, worker_lost_after_seconds=30, now=now)
             if depth.queue == "cpu.interactive"
         ]
         assert (depth.queued, depth.running, depth.paused_at) == (1, 1, now)
@@ -56,7 +56,7 @@ def test_a_paused_queue_is_sent_no_messages_and_after_the_pause_all_of_them(data
 
     def due() -> list[str]:
         with database.reading() as session:
-            resend_after = dict.fromkeys(queries.IMAGE_QUEUES, 60.0)
+            resend_after = dict.fromkeys(queueing.IMAGE_QUEUES, 60.0)
             found = queries.unpublished(session, generation="generation", resend_after=resend_after, now=later)
             return [job.id for job in found]
 
@@ -83,7 +83,7 @@ def test_a_drained_worker_claims_nothing_and_finishes_what_it_has(database: Data
         jobs.heartbeat(session, claim, lease_seconds=LEASE_SECONDS, now=now)
         [depth] = [
             depth
-            for depth in queries.queue_depths(session, worker_lost_after_seconds=30, now=now)
+            for depth in queueing.queue_depths(session, worker_lost_after_seconds=30, now=now)
             if depth.queue == "cpu.interactive"
         ]
         assert depth.live_workers == 1
@@ -95,12 +95,12 @@ def test_a_drained_worker_claims_nothing_and_finishes_what_it_has(database: Data
 def test_a_queue_whose_every_worker_is_drained_is_forsaken(database: Database, now: datetime) -> None:
     with database.transaction() as session:
         workers.enlist(session, worker("w1", "gpu"), now=now)
-        assert queries.gpu_is_alive(session, worker_lost_after_seconds=30, now=now)
+        assert queueing.gpu_is_alive(session, worker_lost_after_seconds=30, now=now)
         a_job(session, a_key(session, now), now, queue="gpu.interactive")
         workers.drain(session, "w1", now=now)
     with database.reading() as session:
-        assert not queries.gpu_is_alive(session, worker_lost_after_seconds=30, now=now), "no job is to be sent to it"
-        depths = queries.queue_depths(session, worker_lost_after_seconds=30, now=now)
+        assert not queueing.gpu_is_alive(session, worker_lost_after_seconds=30, now=now), "no job is to be sent to it"
+        depths = queueing.queue_depths(session, worker_lost_after_seconds=30, now=now)
         assert [depth.queue for depth in depths if depth.is_forsaken] == ["gpu.interactive"]
 
 

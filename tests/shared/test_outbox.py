@@ -19,7 +19,7 @@ import pytest
 import redis
 from sqlalchemy import select
 
-from shared import deliveries, jobs, outbox, queries, servers
+from shared import deliveries, jobs, outbox, queueing, servers
 from shared.db import Database, clock
 from shared.errors import BrokerUnavailable, DatabaseUnavailable
 from shared.models import Delivery, Job
@@ -130,7 +130,7 @@ def test_celery_is_set_as_reliability_asks(settings: Settings) -> None:
     assert (conf.task_ignore_result, conf.accept_content) == (True, ["json"])
     assert not conf.get("result_backend")
     assert conf.task_create_missing_queues is False
-    assert {queue.name for queue in conf.task_queues} == {*queries.IMAGE_QUEUES, "chores"}
+    assert {queue.name for queue in conf.task_queues} == {*queueing.IMAGE_QUEUES, "chores"}
     app.close()
 
 
@@ -169,7 +169,7 @@ def test_while_jobs_wait_whose_messages_are_on_their_way_a_turn_is_one_statement
 def test_each_job_goes_to_its_own_queue(
     sqlite_database: Database, broker: Broker, settings: Settings, redis_url: str
 ) -> None:
-    ids = {queue: queue_jobs(sqlite_database, 1, queue=queue) for queue in queries.IMAGE_QUEUES}
+    ids = {queue: queue_jobs(sqlite_database, 1, queue=queue) for queue in queueing.IMAGE_QUEUES}
     outbox.relay_due(sqlite_database, broker, settings, stopping=never)
     assert {queue: ids_in(redis_url, queue) for queue in ids} == ids
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left
 from datetime import datetime, timedelta
 from typing import Any
@@ -11,99 +10,15 @@ import pytest
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from shared import deliveries, jobs, outbox, queries
+from shared import jobs, outbox, queries, queueing
 from shared.db import Database
 from shared.errors import InvalidRequest, NotFound
-from shared.models import TERMINAL_STATES, Job, JobState, Worker
+from shared.models import Job, JobState
 from shared.queries import JobFilter
-from tests.factories import a_batch, a_claim, a_job, a_job_in, a_key, a_result, retryable
+from tests.factories import a_claim, a_job, a_job_in, a_key, a_result, retryable
 
 HOOK = "https://receiver.example/hook"
 SECOND = timedelta(seconds=1)
-LOST_AFTER = {"worker_lost_after_seconds": 30.0}
-
-
-def a_worker(session: Session, worker_id: str, now: datetime, **changes: Any) -> Worker:
-    facts: dict[str, Any] = {
-        "id": worker_id,
-        "kind": "images",
-        "host": "h",
-        "pid": 1,
-        "device": "cpu",
-        "queues": ["cpu.interactive", "cpu.bulk"],
-        "models_loaded": [],
-        "started_at": now,
-        "seen_at": now,
-    }
-    worker = Worker(**facts | changes)
-    session.add(worker)
-    session.flush()
-    return worker
-
-
-# --- views ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_job_is_shown_as_the_contract_says_in_every_state(sqlite_database: Database, now: datetime) -> None:
-    with sqlite_database.transaction() as session:
-        key = a_key(session, now)
-        for state in JobState:
-            job, _ = a_job_in(state, session, key, now, classify=True, external_id="order-7")
-            view = queries.job_view(job, queue_position=3)
-            assert json.loads(json.dumps(view)) == view, "JSON values only"
-            assert (view["id"], view["status"], view["external_id"]) == (job.id, state, "order-7")
-            assert view["created_at"] == "2026-03-04T05:06:07.891Z"
-            assert view["queue_position"] == 3
-            assert (view["result"] is not None) == (state == JobState.SUCCEEDED)
-            assert (view["labels"] is not None) == (state == JobState.SUCCEEDED)
-            assert (view["timings"] is not None) == (state == JobState.SUCCEEDED)
-            assert (view["error"] is not None) == (state in (JobState.FAILED, JobState.EXPIRED))
-            assert (view["finished_at"] is not None) == (state in TERMINAL_STATES)
-            assert set(view["progress"]) == {"fraction", "phase", "bands_done", "bands_total", "eta_seconds"}
-            assert job.blob_prefix not in json.dumps(view), "where blobs lie is nobody's business"
-
-
-def test_a_job_that_waits_to_be_tried_again_shows_no_error(sqlite_database: Database, now: datetime) -> None:
-    with sqlite_database.transaction() as session:
-        job, claim = a_job_in(JobState.RUNNING, session, a_key(session, now), now)
-        jobs.fail(session, claim, retryable(), retry_delay_seconds=2, now=now)
-        session.refresh(job)
-        view = queries.job_view(job)
-        assert (view["status"], view["attempt"], view["error"], view["device"]) == ("queued", 1, None, "cpu")
-
-
-def test_a_batch_shows_its_items_in_the_order_they_were_handed_in(database: Database, now: datetime) -> None:
-    with database.transaction() as session:
-        key = a_key(session, now)
-        batch = a_batch(session, key, now, total=3)
-        members = [a_job(session, key, now + n * SECOND, batch_id=batch.id, external_id=str(n)) for n in range(3)]
-        assert queries.batch_view(session, batch)["status"] == "running"
-        jobs.cancel(session, members[1].id, now=now)
-        view = queries.batch_view(session, batch)
-        assert (view["total"], view["remaining"], view["status"]) == (3, 2, "running")
-        assert [(item["external_id"], item["status"]) for item in view["items"]] == [
-            ("0", "queued"),
-            ("1", "canceled"),
-            ("2", "queued"),
-        ]
-
-
-def test_a_delivery_shows_when_it_is_tried_next_only_while_it_is_pending(
-    sqlite_database: Database, now: datetime
-) -> None:
-    with sqlite_database.transaction() as session:
-        job = a_job(session, a_key(session, now), now, webhook_url=HOOK)
-        jobs.cancel(session, job.id, now=now)
-        (delivery,) = queries.page_of_deliveries(session, owner_key_id=None, job_id=job.id, limit=5, cursor=None).rows
-        assert queries.delivery_view(delivery)["next_try_at"] == "2026-03-04T05:06:07.891Z"
-        claim = deliveries.claim(session, delivery.id, lease_seconds=5, now=now)
-        assert claim is not None
-        deliveries.delivered(session, claim, status=200, seconds=0.5, now=now)
-        session.refresh(delivery)
-        view = queries.delivery_view(delivery)
-        assert (view["status"], view["next_try_at"]) == ("delivered", None)
-        assert [entry["status"] for entry in view["tries"]] == [200]
-        assert json.loads(json.dumps(view)) == view
 
 
 # --- whose, and where in the queue ----------------------------------------------------------------------------------
@@ -125,21 +40,6 @@ def test_a_strangers_job_is_not_there(sqlite_database: Database, now: datetime) 
         assert len(said) == 1
         with pytest.raises(NotFound):
             queries.any_job(session, "job_nobody")
-
-
-def test_a_queued_job_knows_its_place(database: Database, now: datetime) -> None:
-    with database.transaction() as session:
-        key = a_key(session, now)
-        first, second, third = (a_job(session, key, now + n * SECOND) for n in range(3))
-        a_job(session, key, now, queue="cpu.bulk")
-        places = [queries.queue_position(session, job) for job in (first, second, third)]
-        assert places == [1, 2, 3]
-        assert queries.pulse(session, third.id, key.id).queue_position == 3
-        a_claim(session, first.id, now)
-        for job in (first, second):
-            session.refresh(job)
-        assert [queries.queue_position(session, job) for job in (first, second)] == [None, 1]
-        assert queries.pulse(session, first.id, key.id).queue_position is None
 
 
 def test_a_pulse_changes_with_what_a_watcher_must_see(database: Database, now: datetime) -> None:
@@ -252,27 +152,6 @@ def test_deliveries_are_listed_by_owner_and_by_job(database: Database, now: date
 # --- depths, workers, rates -----------------------------------------------------------------------------------------
 
 
-def test_depths_tell_how_many_wait_run_and_serve(database: Database, now: datetime) -> None:
-    with database.transaction() as session:
-        key = a_key(session, now)
-        a_job(session, key, now - 5 * SECOND)
-        a_job(session, key, now - 3 * SECOND)
-        a_job_in(JobState.RUNNING, session, key, now)
-        a_job(session, key, now, queue="gpu.bulk")
-        a_worker(session, "w1", now)
-        a_worker(session, "w2", now - 31 * SECOND)
-        a_worker(session, "w3", now, stopped_at=now)
-        depths = {depth.queue: depth for depth in queries.queue_depths(session, **LOST_AFTER, now=now)}
-        assert tuple(depths) == queries.IMAGE_QUEUES
-        busy = depths["cpu.interactive"]
-        assert (busy.queued, busy.oldest_seconds, busy.running, busy.live_workers) == (2, 5.0, 1, 1)
-        unserved = depths["gpu.bulk"]
-        assert (unserved.queued, unserved.oldest_seconds, unserved.live_workers) == (1, 0.0, 0)
-        assert (depths["cpu.bulk"].queued, depths["cpu.bulk"].oldest_seconds) == (0, None)
-        assert [worker.id for worker in queries.live_workers(session, **LOST_AFTER, now=now)] == ["w1"]
-        assert {worker.id for worker in queries.recent_workers(session, now=now)} == {"w1", "w2", "w3"}
-
-
 def test_every_state_is_counted_also_those_no_job_is_in(database: Database, now: datetime) -> None:
     with database.transaction() as session:
         key = a_key(session, now)
@@ -281,29 +160,6 @@ def test_every_state_is_counted_also_those_no_job_is_in(database: Database, now:
         counts = queries.counts_by_state(session)
         assert counts == {"queued": 2, "running": 0, "succeeded": 0, "failed": 1, "canceled": 0, "expired": 0}
         assert queries.key_names(session, [key.id, "key_nobody"]) == {key.id: "tester"}
-
-
-@pytest.mark.parametrize(
-    ("device", "gpu_alive", "queue"),
-    [
-        ("auto", True, "gpu.bulk"),
-        ("auto", False, "cpu.bulk"),
-        ("cpu", True, "cpu.bulk"),
-        ("gpu", False, "gpu.bulk"),
-    ],
-)
-def test_the_queue_follows_from_the_device_and_from_who_is_alive(device: str, gpu_alive: bool, queue: str) -> None:
-    assert queries.image_queue(device, "bulk", gpu_alive=gpu_alive) == queue
-    assert queue in queries.IMAGE_QUEUES
-
-
-def test_a_gpu_is_alive_while_its_worker_is_heard_of(database: Database, now: datetime) -> None:
-    with database.transaction() as session:
-        a_worker(session, "cpu-1", now)
-        assert not queries.gpu_is_alive(session, **LOST_AFTER, now=now)
-        a_worker(session, "gpu-1", now, device="gpu", queues=["gpu.interactive", "gpu.bulk"])
-        assert queries.gpu_is_alive(session, **LOST_AFTER, now=now + 29 * SECOND)
-        assert not queries.gpu_is_alive(session, **LOST_AFTER, now=now + 30 * SECOND)
 
 
 def test_history_is_what_jobs_of_the_model_took_on_the_device_over_what_they_were_expected_to(
@@ -360,28 +216,9 @@ def test_percentiles_are_nearest_rank(values: list[float], share: float, expecte
     assert queries.percentile(values, share) == expected
 
 
-def test_the_expected_wait_is_the_work_ahead_over_those_who_do_it(database: Database, now: datetime) -> None:
-    with database.transaction() as session:
-        key = a_key(session, now)
-
-        def wait() -> float:
-            return queries.expected_wait_seconds(session, "cpu.interactive", **LOST_AFTER, now=now)
-
-        assert wait() == 0.0
-        a_job(session, key, now, expected_seconds=10)
-        a_job_in(JobState.RUNNING, session, key, now, expected_seconds=20)
-        a_job(session, key, now, expected_seconds=500, queue="cpu.bulk")
-        a_job_in(JobState.SUCCEEDED, session, key, now, expected_seconds=1000)
-        assert wait() == 30.0
-        a_worker(session, "w1", now)
-        a_worker(session, "w2", now)
-        a_worker(session, "w3", now, queues=["gpu.bulk"])
-        assert wait() == 15.0
-
-
 # --- what is to be published ----------------------------------------------------------------------------------------
 
-RESEND = dict.fromkeys(queries.IMAGE_QUEUES, 60.0)
+RESEND = dict.fromkeys(queueing.IMAGE_QUEUES, 60.0)
 
 
 def unpublished(session: Session, now: datetime, *, generation: str | None = "g1") -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from shared import commands, queries, workers
+from shared import commands, queueing, workers
 from shared.db import Database
 from shared.errors import DatabaseUnavailable
 from shared.models import Worker
@@ -28,7 +28,7 @@ def row(database: Database, worker_id: str = FACTS.id) -> Worker | None:
 def test_a_process_that_enlists_is_alive_until_it_is_silent_or_stops(database: Database, now: datetime) -> None:
     def alive(at: datetime) -> list[str]:
         with database.transaction() as session:
-            return [w.id for w in queries.live_workers(session, worker_lost_after_seconds=30, now=at)]
+            return [w.id for w in queueing.live_workers(session, worker_lost_after_seconds=30, now=at)]
 
     later = now + timedelta(seconds=29)
     with database.transaction() as session:

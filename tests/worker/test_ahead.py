@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from sqlalchemy.orm import Session
 
-from shared import queries, workers
+from shared import queueing, workers
 from shared.db import Database, clock
 from shared.errors import DatabaseUnavailable
 from shared.models import Job, JobState
@@ -121,7 +121,7 @@ def test_the_first_that_is_due_is_the_next_where_no_other_worker_serves_its_queu
         return facts
 
     def likely(session: Session) -> str | None:
-        job = queries.likely_next(session, mine, worker_id="w1", worker_lost_after_seconds=30, now=clock(session))
+        job = queueing.likely_next(session, mine, worker_id="w1", worker_lost_after_seconds=30, now=clock(session))
         return None if job is None else job.id
 
     mine = ("cpu.interactive", "cpu.bulk")

@@ -22,7 +22,7 @@ import redis
 from celery import Celery
 from PIL import Image
 
-from shared import deliveries, jobs, queries
+from shared import deliveries, jobs, queueing
 from shared.db import Database, clock
 from shared.errors import ModelUnavailable
 from shared.jobs import JobInput
@@ -173,7 +173,7 @@ def celery(name: str, log: Path, variables: dict[str, str]) -> Iterator[subproce
 
 def live(database: Database, kind: str) -> list[str]:
     with database.transaction() as session:
-        found = queries.live_workers(session, worker_lost_after_seconds=30, now=clock(session))
+        found = queueing.live_workers(session, worker_lost_after_seconds=30, now=clock(session))
         return [worker.id for worker in found if worker.kind == kind]
 
 

@@ -18,7 +18,7 @@ import pytest
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from shared import jobs, queries
+from shared import jobs, queries, queueing
 from shared.db import Database, clock
 from shared.errors import BrokerUnavailable, DatabaseUnavailable
 from shared.models import Job, JobState
@@ -68,7 +68,7 @@ def test_auto_jobs_of_a_gpu_that_is_lost_go_to_the_cpu_and_come_back_with_it(
         enlist(session, facts("gpu"), now=now - timedelta(seconds=silence_seconds))
         for number in range(7):
             device = "auto" if number < 5 else "gpu"
-            queue = queries.image_queue("gpu", ("interactive", "bulk")[number % 2], gpu_alive=True)
+            queue = queueing.image_queue("gpu", ("interactive", "bulk")[number % 2], gpu_alive=True)
             a_job(session, key, now, queue=queue, device=device)
     # when the relay looks, then those that may go to the CPU;
     relay.route(database, settings)

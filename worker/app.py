@@ -46,6 +46,7 @@ _LEAST_LEVELS = {
     "pyvips": logging.ERROR,
 }
 
+_LAST_WORDS_SECONDS = 0.1
 _TORCH_SEES_GPU = "import torch; raise SystemExit(0 if torch.cuda.is_available() else 1)"
 
 
@@ -112,8 +113,13 @@ class ProcessLoader(AppLoader):
         for name, level in _LEAST_LEVELS.items():
             logging.getLogger(name).setLevel(level)
 
-    def _process_ends(self, **_: Any) -> None:
+    def _process_ends(self, exitcode: int, **_: Any) -> None:
         self.process_stopped()
+        # Behind this, billiard tells its parent that the child ends and sleeps a second, lest the pipe be closed before
+        # that is read. It is in the pipe at once; each ^C and each fresh process would wait for the rest of the second.
+        ends = threading.Timer(_LAST_WORDS_SECONDS, os._exit, (exitcode,))
+        ends.daemon = True
+        ends.start()
 
 
 def images_app(settings: Settings) -> Celery:

@@ -225,6 +225,8 @@ class World:
         enter(mock.patch.object(stack_module, "RESTART_DELAYS_SECONDS", (0.0,)))
         enter(mock.patch.dict(os.environ, self._told))
         self.stack = enter(Stack(self.settings, port=free_port(), tell=self.tell))
+        # Its history has been judged by then, and how a service stops in order is tested elsewhere.
+        self._closing.callback(self.stack.kill)
         self.http = httpx.Client(
             base_url=self.stack.url, headers={"Authorization": f"Bearer {self.stack.api_key}"}, timeout=30
         )

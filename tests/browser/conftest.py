@@ -208,7 +208,7 @@ class Site:
         """So many bands are finished; before the first, the worker has read the picture and made it small."""
         job = self.job(claim.job_id)
         with Thumbnails(self.storage, job.blob_prefix, claim.attempt) as thumbnails:
-            thumbnails.begins(np.zeros((job.input_height, job.input_width, 3), np.uint8), 1, 1)
+            thumbnails.begins(np.asarray(self._input(job)), 1, 1)
         with self.database.transaction() as session:
             jobs.progress(
                 session,
@@ -267,12 +267,15 @@ class Site:
             jobs.succeed(session, claim, JobResult(**facts), now=at or clock(session))
         return result
 
-    def _enlarged(self, job: Job) -> Image.Image:
+    def _input(self, job: Job) -> Image.Image:
         handed_in = io.BytesIO()
         self.storage.get(job.input_key, handed_in)
         with Image.open(handed_in) as image:
-            size = (image.width * job.scale, image.height * job.scale)
-            return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+            return image.convert("RGB")
+
+    def _enlarged(self, job: Job) -> Image.Image:
+        image = self._input(job)
+        return image.resize((image.width * job.scale, image.height * job.scale), Image.Resampling.LANCZOS)
 
     def fail(self, claim: Claim, error: EnlargerError) -> None:
         with self.database.transaction() as session:

@@ -34,8 +34,11 @@ _CHANNELS_OF_SPACE = {b"GRAY": 1, b"RGB ": 3, b"CMYK": 4}
 
 
 def in_srgb(color: Samples, profile: bytes | None) -> tuple[Samples, bool, tuple[str, ...]]:
-    """(height, width, 1 | 3 | 4) in the profile's colours; gray, RGB or CMYK (0 is no ink) ->
-    (rgb (height, width, 3) contiguous and writable in sRGB, whether it is gray, warnings)."""
+    """Colours of a profile (None: sRGB) as a viewer shows them.
+
+    (height, width, channels) uint8 or uint16: gray 1, RGB 3, CMYK 4 (0 is no ink) -> (rgb (height, width, 3) of the
+    same dtype, contiguous and writable, in sRGB; whether it is gray; warnings for the customer).
+    """
     channels = color.shape[2]
     warnings: tuple[str, ...] = ()
     space = None

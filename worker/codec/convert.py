@@ -34,7 +34,7 @@ def convert(
     background: str,
     available_bytes: int,
 ) -> int:
-    """A picture that this module has written, in another format. Returns the size of `target` in bytes.
+    """A picture that an Encoder has written, in another format. Returns the size of `target` in bytes.
 
     What the format cannot hold goes the way it does in a job: transparency is laid on `background`, 16 bits become 8,
     gray becomes three equal channels. Metadata and profile come along. Raises InternalError where libvips fails,

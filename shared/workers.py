@@ -17,7 +17,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -36,7 +36,6 @@ KEPT_SECONDS = 7 * 86400
 
 _HOST_NAME_KEPT = 60
 _BEAT_PREFIX = "enlarger-beat-"
-# Processes beat every few seconds; one that has slept for longer, with its machine, leaves a new one.
 _BEAT_KEPT_SECONDS = 3600
 
 
@@ -161,25 +160,31 @@ def silent_for_seconds(folder: Path | None = None) -> dict[int, float]:
 
     `folder` is where beats are left; None is the folder for temporary files.
     """
-    found = {}
-    for path in (folder or Path(tempfile.gettempdir())).glob(f"{_BEAT_PREFIX}*"):
-        pid, _, started = path.name.removeprefix(_BEAT_PREFIX).partition("-")
-        # A file outlives a process that was killed, and its process id may be another's today.
-        if started and started == _started(int(pid)):
-            with contextlib.suppress(FileNotFoundError):
-                found[int(pid)] = max(0.0, time.time() - path.stat().st_mtime)
-    return found
+    left = _beats(folder or Path(tempfile.gettempdir()))
+    return {pid: silent_seconds for path, pid, silent_seconds in left if _is_of(path, pid)}
 
 
 def _forget_beats(folder: Path) -> None:
-    """Removes what processes that were killed have left there, as far as it is ours to remove.
-
-    Known by its age: a process may share the folder with us and not the list of processes, as in another container.
-    """
-    for path in folder.glob(f"{_BEAT_PREFIX}*"):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > _BEAT_KEPT_SECONDS:
+    """Removes what processes that were killed have left there, as far as it is ours to remove."""
+    for path, pid, silent_seconds in _beats(folder):
+        # Old, too: a process may share the folder with us and not the list of processes, as in another container.
+        if not _is_of(path, pid) and silent_seconds > _BEAT_KEPT_SECONDS:
+            with contextlib.suppress(OSError):
                 path.unlink()
+
+
+def _beats(folder: Path) -> Iterator[tuple[Path, int, float]]:
+    """Each beat that was left there: its file, the process, and seconds since."""
+    for path in folder.glob(f"{_BEAT_PREFIX}*"):
+        with contextlib.suppress(FileNotFoundError):
+            silent_seconds = max(0.0, time.time() - path.stat().st_mtime)
+            yield path, int(path.name.removeprefix(_BEAT_PREFIX).partition("-")[0]), silent_seconds
+
+
+def _is_of(path: Path, pid: int) -> bool:
+    """Whether the process that left this beat runs: its id may be another's today."""
+    started = _started(pid)
+    return bool(started) and path.name == f"{_BEAT_PREFIX}{pid}-{started}"
 
 
 def _started(pid: int) -> str:

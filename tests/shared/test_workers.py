@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -194,8 +195,13 @@ def test_what_killed_processes_have_left_is_removed_by_those_that_start(beats: P
     killed, of_another_container = (beats / f"enlarger-beat-{pid}-1" for pid in (4_000_001, 4_000_002))
     for file in (killed, of_another_container):
         file.touch()
-    os.utime(killed, (0, 0))
-    presence = Presence(sqlite_database, workers.this_process("relay"), interval_seconds=60)
-    presence.start()
-    assert (killed.exists(), of_another_container.exists()) == (False, True)
-    presence.stop()
+    with subprocess.Popen(["sleep", "60"]) as hanging:
+        of_hanging = beats / f"enlarger-beat-{hanging.pid}-{workers._started(hanging.pid)}"
+        of_hanging.touch()
+        for file in (killed, of_hanging):
+            os.utime(file, (0, 0))
+        presence = Presence(sqlite_database, workers.this_process("relay"), interval_seconds=60)
+        presence.start()
+        presence.stop()
+        assert (killed.exists(), of_another_container.exists(), of_hanging.exists()) == (False, True, True)
+        hanging.kill()

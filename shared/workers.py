@@ -176,7 +176,8 @@ def _forget_beats(folder: Path) -> None:
 def _beats(folder: Path) -> Iterator[tuple[Path, int, float]]:
     """Each beat that was left there: its file, the process, and seconds since."""
     for path in folder.glob(f"{_BEAT_PREFIX}*"):
-        with contextlib.suppress(FileNotFoundError):
+        # Gone meanwhile, or named so by somebody else: the folder is everybody's.
+        with contextlib.suppress(FileNotFoundError, ValueError):
             silent_seconds = max(0.0, time.time() - path.stat().st_mtime)
             yield path, int(path.name.removeprefix(_BEAT_PREFIX).partition("-")[0]), silent_seconds
 

@@ -188,6 +188,7 @@ def test_a_process_that_hangs_leaves_no_beat_and_is_told_of(beats: Path, sqlite_
 def test_a_beat_of_a_process_that_is_gone_counts_for_nobody(beats: Path) -> None:
     # Its number is another process's today: that one was started at another moment.
     (beats / f"enlarger-beat-{os.getpid()}-1").touch()
+    (beats / "enlarger-beat-of-somebody-else").touch()
     assert workers.silent_for_seconds() == {}
 
 

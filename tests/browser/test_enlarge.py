@@ -381,6 +381,8 @@ def test_a_lost_connection_is_told_and_mends_itself(site: Site, open_page: Calla
         "ERR_INCOMPLETE_CHUNKED",
         "ERR_EMPTY_RESPONSE",
         "ERR_CONNECTION_RESET",
+        # A connection kept open that was about to be used again.
+        "ERR_SOCKET_NOT_CONNECTED",
         # Where it goes in the midst of a picture of the list.
         "ERR_CONTENT_LENGTH_MISMATCH",
     ]

@@ -41,7 +41,8 @@ def still_works(sandbox: Sandbox) -> bool:
 def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    # The second where it goes between opening and reading.
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 

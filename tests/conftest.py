@@ -64,6 +64,14 @@ def wait_until(condition: Callable[[], Any], *, seconds: float, what: str) -> An
         threading.Event().wait(0.02)
 
 
+def has_ended(pid: int) -> bool:
+    """The process is gone, or dead and only not collected yet by whoever inherited it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 @contextmanager
 def little_room(most_bytes: int) -> Iterator[None]:
     """No file of this process may grow beyond that: to a program what a full disk is, without a disk of our own."""

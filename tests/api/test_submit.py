@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import io
 import socket
-import statistics
 import struct
 import threading
 import time
@@ -374,10 +373,12 @@ def test_submit_is_quick_without_redis(
             assert session.get_one(Job, answer.json["id"]).published_at is None
         # Its pending connections are reset now, so that nobody waits for them at the end.
         frozen_redis.close()
-    told = f"{sorted(took_seconds)} s; usual: {sorted(usual_seconds)} s"
-    assert statistics.median(took_seconds) < max(0.25, 4 * statistics.median(usual_seconds)), told
-    # A frozen Redis costs one request in a great many a tenth of a second.
-    assert sum(seconds > max(0.5, 4 * max(usual_seconds)) for seconds in took_seconds) <= 1, told
+    took_seconds.sort()
+    usual_seconds.sort()
+    told = f"{took_seconds} s; usual: {usual_seconds} s"
+    assert took_seconds[15] < max(0.25, 4 * usual_seconds[15]), told
+    # All but one. A frozen Redis costs one request in a great many a tenth of a second.
+    assert took_seconds[-2] <= max(0.5, 4 * usual_seconds[-2]), told
 
 
 def test_submit_and_poll_send_as_many_statements_with_one_job_queued_as_with_two_thousand(

@@ -296,6 +296,17 @@ def site(sqlite_database: Database, redis_url: str, storage: Storage, settings: 
     made.close()
 
 
+SERVICE_AWAY = [
+    "ERR_CONNECTION_REFUSED",
+    "ERR_CONNECTION_RESET",
+    "ERR_EMPTY_RESPONSE",
+    "ERR_INCOMPLETE_CHUNKED_ENCODING",
+    # A connection kept open that was about to be used again.
+    "ERR_SOCKET_NOT_CONNECTED",
+]
+"""For `Watched.expected`: what Chromium calls a request to a service that has just stopped."""
+
+
 @dataclass
 class Watched:
     """What went wrong in a page that nobody sees: every console error, exception, failed request and 4xx or 5xx."""

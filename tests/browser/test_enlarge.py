@@ -16,7 +16,7 @@ from shared import jobs
 from shared.db import clock
 from shared.errors import InvalidImage
 from shared.models import JobState
-from tests.browser.conftest import Site, Watched
+from tests.browser.conftest import SERVICE_AWAY, Site, Watched
 from tests.browser.looking import PICTURES
 from tests.conftest import wait_until
 from tests.factories import a_png
@@ -377,12 +377,7 @@ def test_a_lost_connection_is_told_and_mends_itself(site: Site, open_page: Calla
     watched = open_page(key_id)
     # The service is away for a moment.
     watched.expected = [
-        "ERR_CONNECTION_REFUSED",
-        "ERR_INCOMPLETE_CHUNKED",
-        "ERR_EMPTY_RESPONSE",
-        "ERR_CONNECTION_RESET",
-        # A connection kept open that was about to be used again.
-        "ERR_SOCKET_NOT_CONNECTED",
+        *SERVICE_AWAY,
         # Where it goes in the midst of a picture of the list.
         "ERR_CONTENT_LENGTH_MISMATCH",
     ]

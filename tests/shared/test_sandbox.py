@@ -18,7 +18,7 @@ import pytest
 
 from shared.errors import BlockedUrl, InternalError, InvalidImage, TooManyPixels, Unavailable, UploadRejected
 from shared.sandbox import Limits, Sandbox
-from tests.conftest import wait_until
+from tests.conftest import has_ended, wait_until
 
 LIMITS = Limits(memory_bytes=100_000_000, cpu_seconds=60, wall_seconds=60, output_bytes=1_000_000)
 
@@ -36,14 +36,6 @@ def ask(sandbox: Sandbox, task: str, limits: Limits = LIMITS, content: bytes = b
 
 def still_works(sandbox: Sandbox) -> bool:
     return bool(ask(sandbox, "echo") == {"length": 3})
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    # The second where it goes between opening and reading.
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 @pytest.mark.parametrize("kind", ["memory", "file", "spooled"])
@@ -272,7 +264,7 @@ def test_a_child_that_stayed_and_sleeps_is_hung_up_on_and_killed(own_sandbox: Sa
     first = seen(own_sandbox, b"a1", "ann", limits)["pid"]
     with pytest.raises(Unavailable, match="within"):
         own_sandbox.run("doze", io.BytesIO(b"a2"), limits, owner="ann")
-    wait_until(lambda: not alive(first), seconds=30, what="the sleeper to be killed")
+    wait_until(lambda: has_ended(first), seconds=30, what="the sleeper to be killed")
     assert seen(own_sandbox, b"a3", "ann", limits)["files"] == ["a3"]
 
 
@@ -288,7 +280,7 @@ def test_a_warm_process_that_dies_is_replaced(sandbox: Sandbox) -> None:
     first = sandbox.pid
     assert first is not None
     os.kill(first, signal.SIGKILL)
-    wait_until(lambda: not alive(first), seconds=30, what="the warm process to be dead")
+    wait_until(lambda: has_ended(first), seconds=30, what="the warm process to be dead")
     assert still_works(sandbox)
     assert sandbox.pid not in (None, first)
 
@@ -303,7 +295,7 @@ def test_a_warm_process_heeds_no_signal_of_its_group_and_ends_with_its_owner() -
     assert still_works(sandbox)
     assert sandbox.pid == pid
     sandbox.close()
-    assert not alive(pid)
+    assert has_ended(pid)
     # Closed is not the end: whoever asks again gets another.
     assert still_works(sandbox)
     sandbox.close()

@@ -24,15 +24,7 @@ from shared.errors import StartFailed
 from shared.servers import Server, Started
 from shared.settings import Settings
 from shared.storage import Storage
-from tests.conftest import closed_port, wait_until
-
-
-def has_ended(pid: int) -> bool:
-    """The process is gone, or dead and only not collected yet by whoever inherited it."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
+from tests.conftest import closed_port, has_ended, wait_until
 
 
 @contextmanager

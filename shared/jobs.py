@@ -42,7 +42,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from shared import deliveries, queueing
-from shared.db import UtcDateTime, new_id
+from shared.db import NOW, UtcDateTime, new_id
 from shared.errors import (
     DeadlineExceeded,
     EnlargerError,
@@ -67,8 +67,6 @@ from shared.models import (
     Shard,
     Worker,
 )
-
-_NOW = bindparam("now", type_=UtcDateTime)
 
 RETRYABLE_STATES = (JobState.FAILED, JobState.CANCELED, JobState.EXPIRED)
 
@@ -264,7 +262,7 @@ def _claiming() -> ReturningUpdate[int]:
         update(Job)
         .where(
             Job.id == bindparam("claimed_id"),
-            *queueing.due(_NOW),
+            *queueing.due(NOW),
             ~exists().where(Worker.id == worker_id, Worker.drained_at.is_not(None)),
         )
         .values(
@@ -273,7 +271,7 @@ def _claiming() -> ReturningUpdate[int]:
             tries_used=Job.tries_used + 1,
             version=Job.version + 1,
             lease_until=bindparam("leased_until", type_=UtcDateTime),
-            started_at=func.coalesce(Job.started_at, _NOW),
+            started_at=func.coalesce(Job.started_at, NOW),
             running_device=bindparam("claimer_device"),
             worker_id=worker_id,
             phase="claimed",
@@ -844,7 +842,7 @@ def _start_tag_px(session: Session, owner_key_id: str, queue: str, needs: str) -
 def _first_due(queues: tuple[str, ...], *, needs: str | None = None, locks: bool = False) -> Select[str, str, str]:
     """(id, model, needs) of the job whose turn it is `now`, of all or of those that need this. `locks`: of those that
     nobody else holds, and held from now on."""
-    of_queues = [Job.queue.in_(queues), *queueing.due(_NOW), *([] if needs is None else [Job.needs == needs])]
+    of_queues = [Job.queue.in_(queues), *queueing.due(NOW), *([] if needs is None else [Job.needs == needs])]
     first = select(Job.id, Job.model, Job.needs).where(*of_queues).order_by(Job.start_tag_px, Job.id).limit(1)
     return first.with_for_update(skip_locked=True) if locks else first
 

@@ -17,7 +17,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, TypeVarTuple
 from sqlalchemy import Row, Select, and_, bindparam, case, exists, func, or_, select, tuple_
 from sqlalchemy.orm import Session, aliased
 
-from shared.db import UtcDateTime
+from shared.db import NOW, UtcDateTime
 from shared.errors import InvalidRequest, NotFound
 from shared.models import (
     TERMINAL_STATES,
@@ -34,8 +34,6 @@ from shared.models import (
     Shard,
     Worker,
 )
-
-_NOW = bindparam("now", type_=UtcDateTime)
 
 SENT_AGAIN_EACH = timedelta(hours=1)
 """The last, unconditional age of a message: however many copies of it were sent, one more goes out."""
@@ -441,7 +439,7 @@ def _maybe_owed() -> Select[bool, bool, bool, bool]:
             ),
         ),
         exists().where(Shard.finished_at.is_(None)),
-        exists().where(Delivery.state == DeliveryState.PENDING, Delivery.due_at <= _NOW),
+        exists().where(Delivery.state == DeliveryState.PENDING, Delivery.due_at <= NOW),
         exists().where(Rendition.finished_at.is_(None)),
     )
 
@@ -455,8 +453,8 @@ def is_any_late(session: Session, *, now: datetime) -> bool:
 def _late() -> Select[bool]:
     return select(
         or_(
-            exists().where(Job.state == JobState.RUNNING, Job.lease_until < _NOW),
-            exists().where(Job.state == JobState.QUEUED, Job.deadline_at <= _NOW),
+            exists().where(Job.state == JobState.RUNNING, Job.lease_until < NOW),
+            exists().where(Job.state == JobState.QUEUED, Job.deadline_at <= NOW),
         )
     )
 

@@ -27,10 +27,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Session
 
-from shared.db import UtcDateTime
+from shared.db import NOW
 from shared.models import Job, JobState, QueuePause, Worker
-
-_NOW = bindparam("now", type_=UtcDateTime)
 
 IMAGE_QUEUES = ("gpu.interactive", "gpu.bulk", "cpu.interactive", "cpu.bulk")
 
@@ -137,7 +135,7 @@ def _heads(needs: tuple[str, ...]) -> Select[str, str, str]:
     firsts = [
         select(Job.id, Job.model, Job.needs, Job.start_tag_px)
         .where(
-            *due(_NOW),
+            *due(NOW),
             Job.queue == bindparam("queue"),
             Job.needs == literal(each),
         )

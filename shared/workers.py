@@ -161,31 +161,28 @@ def silent_for_seconds(folder: Path | None = None) -> dict[int, float]:
     `folder` is where beats are left; None is the folder for temporary files.
     """
     left = _beats(folder or Path(tempfile.gettempdir()))
-    return {pid: silent_seconds for path, pid, silent_seconds in left if _is_of(path, pid)}
+    return {pid: silent_seconds for _, pid, runs, silent_seconds in left if runs}
 
 
 def _forget_beats(folder: Path) -> None:
     """Removes what processes that were killed have left there, as far as it is ours to remove."""
-    for path, pid, silent_seconds in _beats(folder):
+    for path, _, runs, silent_seconds in _beats(folder):
         # Old, too: a process may share the folder with us and not the list of processes, as in another container.
-        if not _is_of(path, pid) and silent_seconds > _BEAT_KEPT_SECONDS:
+        if not runs and silent_seconds > _BEAT_KEPT_SECONDS:
             with contextlib.suppress(OSError):
                 path.unlink()
 
 
-def _beats(folder: Path) -> Iterator[tuple[Path, int, float]]:
-    """Each beat that was left there: its file, the process, and seconds since."""
+def _beats(folder: Path) -> Iterator[tuple[Path, int, bool, float]]:
+    """Each beat that was left there: its file, the process, whether that still runs, and seconds since."""
     for path in folder.glob(f"{_BEAT_PREFIX}*"):
         # Gone meanwhile, or named so by somebody else: the folder is everybody's.
         with contextlib.suppress(FileNotFoundError, ValueError):
             silent_seconds = max(0.0, time.time() - path.stat().st_mtime)
-            yield path, int(path.name.removeprefix(_BEAT_PREFIX).partition("-")[0]), silent_seconds
-
-
-def _is_of(path: Path, pid: int) -> bool:
-    """Whether the process that left this beat runs: its id may be another's today."""
-    started = _started(pid)
-    return bool(started) and path.name == f"{_BEAT_PREFIX}{pid}-{started}"
+            pid, _, started = path.name.removeprefix(_BEAT_PREFIX).partition("-")
+            # The process id may be another's today.
+            runs = started != "" and started == _started(int(pid))
+            yield path, int(pid), runs, silent_seconds
 
 
 def _started(pid: int) -> str:

@@ -202,13 +202,18 @@ def parse_color(text: str) -> tuple[int, int, int]:
 _PROFILE_DATE = struct.pack(">6H", 2026, 1, 1, 0, 0, 0)
 
 
-def srgb_profile() -> bytes:
+def result_profile(*, is_gray: bool) -> bytes:
+    """The profile that a result is tagged with: sRGB, or gray with its curve."""
+    return _gray_profile() if is_gray else _srgb_profile()
+
+
+def _srgb_profile() -> bytes:
     """sRGB (IEC 61966-2-1), as Little CMS makes it: 600 bytes."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     return profile[:24] + _PROFILE_DATE + profile[36:]
 
 
-def gray_profile() -> bytes:
+def _gray_profile() -> bytes:
     """Gray with the curve of sRGB (ICC.1:2010), 380 bytes: a profile for three channels does not fit a gray file."""
 
     def text(kind: bytes, value: str) -> bytes:

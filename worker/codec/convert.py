@@ -12,7 +12,7 @@ from PIL import Image
 
 from shared.errors import InternalError
 from shared.pictures import format_named
-from worker.codec.color import gray_profile, parse_color, srgb_profile
+from worker.codec.color import parse_color, result_profile
 from worker.codec.encode import (
     LIBVIPS_ROWS,
     check_memory,
@@ -60,9 +60,8 @@ def convert(
             image = image.colourspace("b-w" if is_gray else "srgb")
         if is_fed_to_libwebp(format, has_alpha=image.hasalpha(), lossless=lossless):
             return _through_encoder(image, target, format, quality)
-        profile = gray_profile() if is_gray else srgb_profile()
         image = image.copy()
-        image.set_type(pyvips.GValue.blob_type, "icc-profile-data", profile)
+        image.set_type(pyvips.GValue.blob_type, "icc-profile-data", result_profile(is_gray=is_gray))
         row_bytes = image.width * image.bands * (2 if image.format == "ushort" else 1)
         operation, arguments = save_options(format, quality, lossless, row_bytes, image.height)
         out = pyvips.Target.new_to_file(str(target))

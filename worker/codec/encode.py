@@ -21,7 +21,7 @@ import pyvips
 from shared.errors import DiskFull, FormatCannotHoldDetail, InternalError, OutOfMemory
 from shared.pictures import format_named
 from worker.codec import Samples, webp
-from worker.codec.color import gray_profile, srgb_profile
+from worker.codec.color import result_profile
 from worker.codec.metadata import Metadata, exif_of_size, xmp_of_exif
 
 
@@ -422,9 +422,7 @@ def tagged(image: pyvips.Image, format: str, is_gray: bool, metadata: Metadata) 
     px_per_mm = metadata.dpi / 25.4
     image = image.copy(xres=px_per_mm, yres=px_per_mm)
     holds_gray = format_named(format).holds_gray
-    image.set_type(
-        pyvips.GValue.blob_type, "icc-profile-data", gray_profile() if is_gray and holds_gray else srgb_profile()
-    )
+    image.set_type(pyvips.GValue.blob_type, "icc-profile-data", result_profile(is_gray=is_gray and holds_gray))
     if format == "tiff" and exif is not None:
         xmp = xmp or xmp_of_exif(exif)
         exif = None

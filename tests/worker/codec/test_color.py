@@ -23,7 +23,7 @@ from tests.worker.codec.made import (
     swapped_profile,
     three,
 )
-from worker.codec.color import gray_profile, luma, quantize
+from worker.codec.color import luma, quantize, result_profile
 from worker.codec.decode import flatten
 
 # --- Colour profiles ------------------------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ def test_a_profile_that_is_srgb_changes_nothing() -> None:
 
 def test_gray_goes_through_a_gray_profile_and_stays_gray() -> None:
     # The same curve but for its exponent, 1 in place of 2.4.
-    profile = gray_profile().replace(struct.pack(">i", round(2.4 * 65536)), struct.pack(">i", 65536))
+    profile = result_profile(is_gray=True).replace(struct.pack(">i", round(2.4 * 65536)), struct.pack(">i", 65536))
     levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
     picture = read(saved(Image.fromarray(levels), "PNG", icc_profile=profile))
     x = levels / 255
@@ -82,7 +82,7 @@ def test_a_broken_profile_is_ignored_with_a_warning(profile: bytes) -> None:
 def test_a_profile_for_other_channels_is_ignored_with_a_warning() -> None:
     for content in (
         saved(Image.fromarray(RGB), "PNG", icc_profile=bytes(pyvips.Operation.call("profile_load", "cmyk"))),
-        saved(Image.fromarray(RGB), "PNG", icc_profile=gray_profile()),
+        saved(Image.fromarray(RGB), "PNG", icc_profile=result_profile(is_gray=True)),
     ):
         picture = read(content)
         assert_same(picture.rgb, RGB)
